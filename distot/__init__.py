@@ -1,0 +1,31 @@
+"""distot: semi-discrete optimal transport at scale, from a continuous source to N latents."""
+
+from distot.api import certify, load, resume, solve
+from distot.certify import Certificate
+from distot.errors import DistotError, DistotWarning, InputError, Interrupted, StoreError
+from distot.power import heights_to_weights, weights_to_heights
+from distot.solution import Solution
+from distot.source import Ball, Cube, Gaussian, Sampler, Samples, Source, Sphere
+
+__all__ = [
+    "Ball",
+    "Certificate",
+    "Cube",
+    "DistotError",
+    "DistotWarning",
+    "Gaussian",
+    "InputError",
+    "Interrupted",
+    "Sampler",
+    "Samples",
+    "Solution",
+    "Source",
+    "Sphere",
+    "StoreError",
+    "certify",
+    "heights_to_weights",
+    "load",
+    "resume",
+    "solve",
+    "weights_to_heights",
+]

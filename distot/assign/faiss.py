@@ -1,0 +1,57 @@
+"""Exact search by a FAISS flat index on the CPU: heights are one more float32 coordinate, changed in place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from distot.assign import Winners
+from distot.assign.dense import Dense
+from distot.errors import InputError
+
+try:
+    import faiss
+except ImportError as error:
+    raise InputError(
+        "the faiss assigner needs FAISS: pip install 'distot[cpu]' (or 'distot[gpu]', never both); or use assigner='dense'"
+    ) from error
+
+
+class Faiss:
+    name = "faiss"
+
+    def __init__(self, atoms: Tensor) -> None:
+        if atoms.device.type != "cpu":
+            raise InputError(f"the faiss assigner searches on the CPU, the atoms are on {atoms.device}; use 'dense'")
+        n, d = atoms.shape
+        self.index = faiss.IndexFlatIP(d + 1)
+        self.index.add(torch.cat([atoms, torch.zeros(n, 1)], dim=1).numpy())
+        self.codes = torch.from_numpy(faiss.rev_swig_ptr(self.index.get_xb(), n * (d + 1)).reshape(n, d + 1))
+        self.dense = Dense(self.codes[:, :d])
+
+    def __call__(self, x: Tensor, heights: Tensor, k: int = 2) -> Winners:
+        n = len(self.codes)
+        self.codes[:, -1] = heights
+        query = torch.cat([x, torch.ones(len(x), 1)], dim=1).numpy()
+        score, index = (torch.from_numpy(a) for a in self.index.search(query, min(k + 1, n)))
+        # FAISS keeps the first-come of equal scores but evicts in no promised order, so a group of equals that
+        # begins behind the best and is cut at k may hold the wrong ones: such samples are searched again.
+        order = index.argsort(dim=1).gather(1, score.gather(1, index.argsort(dim=1)).argsort(1, True, stable=True))
+        score, index = score.gather(1, order), index.gather(1, order)
+        if k < n:
+            cut = (score[:, k - 1] == score[:, k]).nonzero()[:, 0]
+            if len(cut):
+                again = self.dense(x[cut], heights, k)
+                index[cut, :k], score[cut, :k] = again.index, again.score
+        return Winners(index[:, :k].contiguous(), score[:, :k].contiguous())
+
+
+def kmeans(atoms: Tensor, clusters: int, iterations: int, seed: int) -> Tensor:
+    """Cluster of each atom (n,) int64 on the CPU; trained on at most 256 atoms a cluster.
+
+    Costs about 2 d clusters (min(n, 256 clusters) iterations + n) flops.
+    """
+    rows = atoms.cpu().numpy()
+    training = faiss.Kmeans(rows.shape[1], clusters, niter=iterations, seed=seed, min_points_per_centroid=1)
+    training.train(rows)
+    return torch.from_numpy(training.index.search(rows, 1)[1][:, 0])

@@ -1,0 +1,94 @@
+"""The step: averaged stochastic gradient in units of the margin, on atoms (14) and on the nodes of a tree (16).
+
+Pure functions from state to state, so that a stop at any moment leaves the last whole state behind.
+Legend: n atoms, B samples of a batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distot.assign import Winners
+from distot.tree import Level
+
+RATE, NODE_RATE = 0.5, 0.35  # share of the margin that an atom, a node moves for an excess of one whole mass
+DECAY = 0.5  # steps shrink like (1 + t)^-DECAY
+SMOOTHING, SMOOTHING_DECAY = 0.7, 1 / 3  # temperature 0.7 tau (1 + t)^-⅓
+AVERAGING = 4.0  # the average of iterates has weights ~ t³: mix 4 / (t + 4)
+MEMORY = 0.99  # margins are sums that decay by this factor a step
+PRIOR = 5.0  # wins of mean margin added to each atom's and node's own
+FULL_STEP = 0.2  # expected wins in a batch from which an atom takes the full step; below, one win would move it too far
+
+
+@dataclass(frozen=True)
+class State:
+    """All that a resumed run needs. Vectors are float64 (n,), in the frame."""
+
+    heights: Tensor
+    average: Tensor  # the answer
+    margin_sum: Tensor  # decayed sum of margins of the samples that each atom won
+    margin_count: Tensor  # decayed number of those samples
+    step: int = 0
+    samples: int = 0  # all search work so far, in plain samples
+
+    @property
+    def margin(self) -> float:
+        """tau: the mean margin over all samples, 0 before the first step."""
+        count = float(self.margin_count.sum())
+        return float(self.margin_sum.sum()) / count if count else 0.0
+
+    @property
+    def temperature(self) -> float:
+        """Width of the smoothing between best and runner-up in the coming step; 0 means hard winners."""
+        return SMOOTHING * self.margin * (1 + self.step) ** -SMOOTHING_DECAY
+
+
+def begin(heights: Tensor, samples: int) -> State:
+    zero = torch.zeros_like(heights)
+    return State(heights, heights, zero, zero, samples=samples)
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What a batch says about each atom: sums over its samples, float64 (n,)."""
+
+    hits: Tensor  # smoothed number of samples won
+    wins: Tensor
+    margins: Tensor  # summed over the samples won
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(self.hits + other.hits, self.wins + other.wins, self.margins + other.margins)
+
+
+def count(near: Winners, temperature: float, n: int) -> Tally:
+    """Tally of samples whose best and runner-up are known; the two share each sample by a softmax."""
+    best, margin = near.index[:, 0], near.margin
+    share = torch.sigmoid(margin / temperature) if temperature > 0 else torch.ones_like(margin)
+    zero = torch.zeros(n, dtype=torch.float64, device=best.device)
+    hits = zero.index_add(0, best, share).index_add_(0, near.index[:, 1], 1 - share)
+    return Tally(hits, zero.index_add(0, best, torch.ones_like(share)), zero.index_add(0, best, margin))
+
+
+def update(state: State, tally: Tally, batch: int, mass: Tensor, tree: list[Level]) -> State:
+    """One step of (14) and (16) from the tally of ``batch`` samples."""
+    margin_sum = MEMORY * state.margin_sum + tally.margins
+    margin_count = MEMORY * state.margin_count + tally.wins
+    tau = margin_sum.sum() / margin_count.sum()
+
+    def move(hits: Tensor, wanted: Tensor, sums: Tensor, counts: Tensor) -> Tensor:
+        own = (sums + PRIOR * tau) / (counts + PRIOR)
+        expected = wanted * batch
+        return own * (hits / expected - 1) * (expected / FULL_STEP).clamp(max=1)
+
+    step = RATE * move(tally.hits, mass, margin_sum, margin_count)
+    for level in tree:
+        on_nodes = move(level.sum(tally.hits), level.mass, level.sum(margin_sum), level.sum(margin_count))
+        step += NODE_RATE * on_nodes[level.node]
+    heights = state.heights - (1 + state.step) ** -DECAY * step
+    heights -= mass @ heights
+    t = state.step + 1
+    average = state.average + AVERAGING / (t + AVERAGING) * (heights - state.average)
+    return State(heights, average, margin_sum, margin_count, t, state.samples + batch)

@@ -1,0 +1,110 @@
+"""Live progress on a terminal: a listener of the events that ``Watch`` tells."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from distot.watch import Event
+
+
+@contextmanager
+def listener(show: bool | None, also: Callable[[Event], None] | None) -> Iterator[Callable[[Event], None] | None]:
+    """A listener that draws on stderr (``show``; None: if it is a terminal) and passes every event on to ``also``."""
+    console = Console(stderr=True)
+    if not (console.is_terminal if show is None else show):
+        yield also
+        return
+    with Display(console) as display:
+
+        def both(event: Event) -> None:
+            display(event)
+            if also is not None:
+                also(event)
+
+        yield both
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 42 s, 3 min 20 s or 2 h 05 min."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    if seconds < 3600:
+        return f"{seconds // 60:.0f} min {seconds % 60:02.0f} s"
+    return f"{seconds // 3600:.0f} h {seconds % 3600 / 60:02.0f} min"
+
+
+class Display:
+    """One line that moves, and a line that stays for everything worth remembering."""
+
+    def __init__(self, console: Console) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"), TimeElapsedColumn())
+        self.bar = Progress(*columns, console=console, transient=True)
+        self.task = self.bar.add_task("reading", total=None, state="")
+        self.chi2 = ""
+        self.atoms = 1
+
+    def __enter__(self) -> Display:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.stop()
+
+    def __call__(self, event: Event) -> None:
+        handler = getattr(self, f"on_{event['event']}", None)
+        if handler is not None:
+            handler(event)
+
+    def say(self, text: str) -> None:
+        self.bar.console.print(text, highlight=False)
+
+    def on_begin(self, e: Event) -> None:
+        self.atoms = e["atoms"]
+        self.say(
+            f"{e['latents']:,} latents of dimension {e['dim']}, source {e['source']}; "
+            f"search by {e['assigner']} on {e['device']}"
+        )
+        self.bar.update(self.task, description="start")
+
+    def on_resume(self, e: Event) -> None:
+        self.on_begin(e)
+        self.say(f"going on from step {e['step']:,}, {e['samples']:,} samples")
+
+    def on_note(self, e: Event) -> None:
+        self.say(f"[yellow]note[/]: {e['text']}")
+
+    def on_warning(self, e: Event) -> None:
+        self.say(f"[red]warning[/]: {e['text']}")
+
+    def on_signal(self, e: Event) -> None:
+        self.say(f"{e['signal']}: saving; press Ctrl-C again to quit without")
+
+    def on_raise(self, e: Event) -> None:
+        self.bar.update(self.task, description="raise", state=f"{e['samples']:,} samples")
+
+    def on_step(self, e: Event) -> None:
+        rate, wanted = e["samples_per_second"], e["wanted"]
+        left = max(0.0, wanted - e["samples"]) / rate
+        eta = "" if wanted == float("inf") else f", about {duration(left)} left"
+        self.bar.update(
+            self.task,
+            description="solve",
+            total=None if wanted == float("inf") else wanted,
+            completed=e["samples"],
+            state=f"{e['samples'] / self.atoms:.1f} samples/atom, {rate:,.0f}/s{self.chi2}{eta}",
+        )
+
+    def on_check(self, e: Event) -> None:
+        self.chi2 = f", chi2 {e['chi2']:.4f} ± {e['error']:.4f}"
+        self.say(f"{e['samples'] / self.atoms:7.1f} samples per atom   chi2 {e['chi2']:.4f} ± {e['error']:.4f}")
+
+    def on_stop(self, e: Event) -> None:
+        self.say(f"stopped: {e['text']}")
+
+    def on_certify(self, e: Event) -> None:
+        self.bar.update(self.task, description="certify", total=None, state=f"{e['samples']:,} samples")

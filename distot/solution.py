@@ -1,0 +1,166 @@
+"""What a solve gives: heights, how good they are, why it stopped, and the map that they define."""
+
+from __future__ import annotations
+
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from distot.assign import Assigner
+from distot.certify import Certificate, certify
+from distot.errors import InputError
+from distot.power import Array
+from distot.problem import Problem
+from distot.schedule import Check, Options
+from distot.solver import Progress
+from distot.source import BLOCK
+from distot.store import VERSION, Latents, Run
+from distot.target import Rows
+
+REASONS = {
+    "until_chi2": "the goal was reached: chi2 is below {until_chi2} with 95 % confidence",
+    "max_samples": "the budget of {max_samples:,} samples is spent",
+    "max_seconds": "the time of {max_seconds:g} s is up",
+    "interrupted": "it was interrupted",
+    None: "it is not finished",
+}
+
+
+class Solution:
+    """Heights of the semi-discrete OT problem between a source and N latents, with all that belongs to them."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        assigner: Assigner,
+        progress: Progress,
+        options: Options,
+        latents: Rows,
+        mass: NDArray[Any] | None,
+        run: Run | None = None,
+        certificate: Certificate | None = None,
+        remarks: tuple[str, ...] = (),
+    ) -> None:
+        self.problem, self.options, self.run = problem, options, run
+        self.notes: tuple[str, ...] = problem.target.notes + remarks
+        self._assigner, self._progress = assigner, progress
+        self._latents, self._mass = latents, mass
+        self._certificate = certificate
+
+    def __repr__(self) -> str:
+        return (
+            f"Solution(N={len(self.problem.target.atom_of)}, d={self.problem.target.dim}, samples={self.samples}, "
+            f"reason={self.reason!r})"
+        )
+
+    @property
+    def heights(self) -> Array:
+        """h (N,) float64 in user units with sum_i nu_i h_i = 0; -inf where the mass is zero. Equal latents share one."""
+        target = self.problem.target
+        average = self._progress.state.average.cpu().numpy()
+        return target.spread(self.problem.frame.heights_out(average, target.tilt, target.mass))
+
+    @property
+    def certificate(self) -> Certificate:
+        """Computed on first use if the solve was interrupted before it had one."""
+        if self._certificate is None:
+            self._certificate = self.certify()
+        return self._certificate
+
+    @property
+    def samples(self) -> int:
+        """All search work for the heights, in plain samples: start, steps, looks at chi2. The certificate has its own."""
+        return self._progress.state.samples
+
+    @property
+    def efficiency(self) -> float:
+        """Sample efficiency e = (n - 1) / (M chi2), math (11), with chi2 from the certificate."""
+        return (self.problem.target.n - 1) / (self.samples * max(self.certificate.chi2, 1e-300))
+
+    @property
+    def history(self) -> tuple[Check, ...]:
+        """The looks at chi2 during the solve."""
+        return self._progress.history
+
+    @property
+    def reason(self) -> str | None:
+        """Why it stopped: "until_chi2" (the goal), "max_samples", "max_seconds", "interrupted"; None if unfinished."""
+        return self._progress.reason
+
+    @property
+    def explanation(self) -> str:
+        """``reason`` in words."""
+        return REASONS[self.reason].format(**self.options.to_dict())
+
+    def certify(self, samples: int | None = None, seed_step: int = 0) -> Certificate:
+        """A certificate from ``samples`` fresh samples; another ``seed_step`` means other, independent samples."""
+        return certify(self.problem, self._assigner, self._progress.state.average, samples, step=seed_step)
+
+    def assign(self, x: ArrayLike | Tensor) -> NDArray[np.int64]:
+        """Index of the latent whose power cell holds each sample x (B, d) -> (B,), math (2).
+
+        Equal latents count as one; the lowest of their indices is given. Raises InputError for a wrong shape or NaN.
+        """
+        target, frame = self.problem.target, self.problem.frame
+        values = x.detach().cpu().double() if isinstance(x, Tensor) else torch.as_tensor(np.asarray(x, dtype=np.float64))
+        if values.ndim != 2 or values.shape[1] != target.dim:
+            raise InputError(f"samples must have shape (B, {target.dim}), not {tuple(values.shape)}")
+        if not bool(torch.isfinite(values).all()):
+            raise InputError("samples contain NaN or Inf; remove or mend them")
+        heights = self._progress.state.average
+        found = [
+            self._assigner(frame.source_in(part).to(heights.device), heights, k=1).index[:, 0].cpu()
+            for part in values.split(BLOCK)
+            if len(part)
+        ]
+        return target.original[torch.cat(found).numpy()] if found else np.empty(0, dtype=np.int64)
+
+    def map(self, x: ArrayLike | Tensor) -> NDArray[Any]:
+        """The OT map T(x) = y_i (B, d), math (5): the latents themselves, in their own dtype."""
+        index = self.assign(x)
+        if isinstance(self._latents, Latents):
+            return self._latents.take(index)
+        return np.asarray(self._latents)[index]
+
+    def save(self, path: str | Path) -> Path:
+        """Writes a self-contained run folder, with a copy of the latents, for ``distot.load`` and ``distot resume``.
+
+        Raises StoreError if ``path`` exists or cannot be written.
+        """
+        config, arrays = describe(self.problem, self.options, "latents.zarr", self._mass)
+        run = Run.create(path, config, arrays, (self._latents, None))
+        with run.lock():
+            run.save_checkpoint(self._progress.state.step, self._progress.arrays(), self._progress.scalars())
+            if self._certificate is not None:
+                run.save_json("certificate.json", self._certificate.to_dict() | {"step": self._progress.state.step})
+        return run.path
+
+
+def describe(
+    problem: Problem, options: Options, latents: str, mass: NDArray[Any] | None
+) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    """config.json of a run, and the arrays that belong to it."""
+    spec, source_arrays = problem.source.spec()
+    arrays = {f"source-{name}": np.asarray(values) for name, values in source_arrays.items()}
+    if mass is not None:
+        arrays["mass"] = np.asarray(mass)
+    config = {
+        "format": "distot-run",
+        "version": VERSION,
+        "distot": version("distot"),
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "latents": latents,
+        "fingerprint": problem.target.fingerprint,
+        "shape": [len(problem.target.atom_of), problem.target.dim],
+        "mass": mass is not None,
+        "source": spec,
+        "source_arrays": sorted(source_arrays),
+        "options": options.to_dict(),
+    }
+    return config, arrays

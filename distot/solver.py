@@ -1,0 +1,177 @@
+"""The loop: start, then step after step, looking at chi2 now and then, until the goal or the budget.
+
+Legend: n atoms, d dimension. The loop knows nothing of files or terminals; ``Watch`` does.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from distot import optim, schedule, start, tree
+from distot.assign import Assigner
+from distot.certify import Certificate, cell_counts, certify, chi2, default_samples
+from distot.optim import State, Tally
+from distot.problem import Problem
+from distot.schedule import Check, Options, StopRule
+from distot.source import BLOCK, Stream
+from distot.watch import Stop, Watch
+
+VECTORS = ("heights", "average", "margin_sum", "margin_count")
+RESERVE = 0.2  # at most this share of max_seconds is kept for the certificate
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands; with the problem and the options, all that is needed to go on."""
+
+    state: State
+    nodes: tuple[Tensor, ...]  # of the tree, by level
+    next_check: int
+    history: tuple[Check, ...] = ()
+    started: bool = True  # False if even the start was cut short; then it is done again on resume
+    reason: str | None = None  # "until_chi2", "max_samples", "max_seconds", "interrupted"; None while running
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Arrays of a checkpoint."""
+        vectors = {name: getattr(self.state, name).cpu().numpy() for name in VECTORS}
+        return vectors | {f"nodes-{i}": node.cpu().numpy().astype(np.int32) for i, node in enumerate(self.nodes)}
+
+    def scalars(self) -> dict[str, Any]:
+        """Scalars of a checkpoint."""
+        return {
+            "step": self.state.step,
+            "samples": self.state.samples,
+            "next_check": self.next_check,
+            "history": [check.to_dict() for check in self.history],
+            "started": self.started,
+            "reason": self.reason,
+        }
+
+
+def restore(arrays: dict[str, NDArray[Any]], scalars: dict[str, Any], device: torch.device) -> Progress:
+    """The inverse of ``Progress.arrays`` and ``Progress.scalars``, ready to run on."""
+    vectors = {name: torch.as_tensor(arrays[name], device=device) for name in VECTORS}
+    nodes = sorted((name for name in arrays if name.startswith("nodes-")), key=lambda name: int(name[6:]))
+    return Progress(
+        State(**vectors, step=scalars["step"], samples=scalars["samples"]),
+        tuple(torch.as_tensor(arrays[name].astype(np.int64)) for name in nodes),
+        scalars["next_check"],
+        tuple(Check(**check) for check in scalars["history"]),
+        scalars["started"],
+        scalars["reason"],
+    )
+
+
+def begin(problem: Problem, assigner: Assigner, options: Options, watch: Watch) -> Progress:
+    """Gaussian start, tree, reverse raise. Stopped early, it returns what is known by then, with the reason."""
+    n, device = problem.target.n, problem.target.atoms.device
+    heights, samples, reason, nodes = start.gaussian_heights(problem), 0, None, ()
+    raise_samples = start.SAMPLES_PER_ATOM * n
+    if options.max_samples is not None:
+        raise_samples = min(raise_samples, options.max_samples // 4)
+    reserve = RESERVE * (options.max_seconds or 0.0)
+    try:
+        watch.poll(reserve)
+        watch.tell("tree", levels=tree.widths(n))
+        nodes = tuple(tree.grow(problem.target.atoms, problem.seed))
+        samples += tree.work(n)
+        if raise_samples:
+            watch.tell("raise", samples=raise_samples)
+            with watch.timed(raise_samples):
+                heights, raised = start.reverse_raise(
+                    problem, assigner, heights, raise_samples, lambda: watch.poll(reserve)
+                )
+            samples += raised
+    except Stop as stop:
+        reason = stop.reason
+    state = optim.begin(torch.as_tensor(heights, device=device), samples)
+    check = StopRule(n, options.until_chi2).first(samples)
+    return Progress(state, nodes, check, started=reason is None, reason=reason)
+
+
+def iterate(problem: Problem, assigner: Assigner, options: Options, watch: Watch, progress: Progress) -> Progress:
+    """Steps until the goal, the budget or a signal; the reason is in the result. Checkpoints on the way."""
+    n, device = problem.target.n, problem.target.atoms.device
+    mass = torch.as_tensor(problem.target.mass, device=device)
+    levels = tree.levels(list(progress.nodes), problem.target.mass, device)
+    rule = StopRule(n, options.until_chi2)
+    limit = float("inf") if options.max_samples is None else options.max_samples
+    try:
+        while True:
+            state = progress.state
+            reserve = certificate_seconds(options, n, watch.seconds_per_sample)
+            if state.samples >= progress.next_check:
+                size = rule.size(state.samples, progress.history)
+                if state.samples + size > limit:
+                    return replace(progress, reason="max_samples")
+                with watch.timed(size):
+                    progress = look(problem, assigner, rule, progress, size, lambda: watch.poll(reserve))
+                check = progress.history[-1]
+                watch.tell("check", **check.to_dict())
+                if options.until_chi2 is not None and check.upper <= options.until_chi2:
+                    return replace(progress, reason="until_chi2")
+                continue
+            size = schedule.batch(n)
+            if state.samples + size > limit:
+                return replace(progress, reason="max_samples")
+            tally: Tally | None = None
+            with watch.timed(size):
+                for key, block in problem.keys(Stream.STEP, state.step, size):
+                    watch.poll(reserve)
+                    near = assigner(problem.draw(key, block), state.heights, k=2)
+                    counted = optim.count(near, state.temperature, n)
+                    tally = counted if tally is None else tally + counted
+                assert tally is not None
+                state = optim.update(state, tally, size, mass, levels)
+            progress = replace(progress, state=state)
+            watch.tell(
+                "step",
+                step=state.step,
+                samples=state.samples,
+                samples_per_second=round(1 / watch.seconds_per_sample, 1),
+                margin=state.margin * problem.frame.unit,
+                wanted=rule.wanted(progress.history),
+            )
+            if watch.due():
+                watch.save(state.step, progress.arrays(), progress.scalars())
+    except Stop as stop:
+        return replace(progress, reason=stop.reason)
+
+
+def look(
+    problem: Problem, assigner: Assigner, rule: StopRule, progress: Progress, size: int, poll: Callable[[], None]
+) -> Progress:
+    """Estimates chi2 of the average on ``size`` fresh samples and adds it to the history."""
+    state, history = progress.state, progress.history
+    counts = cell_counts(problem, assigner, state.average, size, Stream.CHECK, len(history), poll)
+    found = chi2(counts, problem.target.mass)
+    state = replace(state, samples=state.samples + size)
+    upper = rule.limit(found, history)
+    history += (Check(state.samples, size, state.step, found.value, found.error, upper),)
+    return replace(progress, state=state, history=history, next_check=rule.next(history))
+
+
+def certificate_seconds(options: Options, n: int, seconds_per_sample: float) -> float:
+    """Time to keep back for the certificate when there is a deadline."""
+    if options.max_seconds is None:
+        return 0.0
+    wanted = options.certificate_samples or default_samples(n)
+    return min(wanted * seconds_per_sample, RESERVE * options.max_seconds)
+
+
+def conclude(problem: Problem, assigner: Assigner, options: Options, progress: Progress, watch: Watch) -> Certificate:
+    """The certificate of the average; smaller than asked if that is what the deadline leaves time for."""
+    samples = options.certificate_samples or default_samples(problem.target.n)
+    if watch.deadline is not None and watch.seconds_per_sample:
+        affordable = int((watch.deadline - time.monotonic()) / watch.seconds_per_sample)
+        samples = max(min(samples, BLOCK), min(samples, affordable))
+    watch.tell("certify", samples=samples)
+    return certify(problem, assigner, progress.state.average, samples)

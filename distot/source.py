@@ -1,0 +1,320 @@
+"""Sources: what the mass is moved from. Samples are a function of (seed, stream, step, block) alone.
+
+A source turns uniform numbers into samples, so every one of them can be drawn either independently
+(estimators with error bars) or as scrambled Sobol points (the solver's steps, where evenly spread points
+carry less noise). Legend: n samples, d dimension. All values are float64 in the user's units.
+"""
+
+from __future__ import annotations
+
+import enum
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+from torch.quasirandom import SobolEngine
+
+from distot.errors import InputError
+from distot.power import Array
+
+BLOCK = 4096
+"""Samples in one block of a stream; part of the definition of a stream, so never changed lightly."""
+
+Spec = dict[str, Any]
+
+
+class Stream(enum.IntEnum):
+    """Independent sample streams of one seed. Only STEP and START are evenly spread (Sobol)."""
+
+    START = 1
+    STEP = 2
+    CHECK = 3
+    CERTIFY = 4
+    MOMENTS = 5
+
+
+class Key(NamedTuple):
+    """Names one block of samples."""
+
+    seed: int
+    stream: Stream
+    step: int
+    block: int
+
+    def generator(self) -> np.random.Generator:
+        """A counter-based generator of this block's own."""
+        sequence = np.random.SeedSequence(self.seed, spawn_key=(self.stream, self.step, self.block))
+        return np.random.Generator(np.random.Philox(sequence))
+
+
+def uniforms(key: Key, n: int, columns: int) -> Tensor:
+    """Numbers in the open unit interval (n, columns), evenly spread over a step for START and STEP."""
+    if key.stream in (Stream.START, Stream.STEP) and columns <= SobolEngine.MAXDIM:
+        sequence = np.random.SeedSequence(key.seed, spawn_key=(key.stream, key.step))
+        scramble = int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
+        engine = SobolEngine(columns, scramble=True, seed=scramble)
+        if key.block:
+            engine.fast_forward(key.block * BLOCK)
+        return engine.draw(n, dtype=torch.float64) + 0.5 * 2.0**-SobolEngine.MAXBIT
+    u = key.generator().random((n, columns))
+    return torch.from_numpy(np.maximum(u, 2.0**-54))
+
+
+class Source(ABC):
+    """A probability on R^d that can be sampled."""
+
+    kind: ClassVar[str]
+
+    def __init__(self, dim: int) -> None:
+        if dim < 1:
+            raise InputError(f"a source needs a dimension of at least 1, not {dim}")
+        self.dim = dim
+
+    @abstractmethod
+    def draw(self, key: Key, n: int) -> Tensor:
+        """Samples (n, d) float64 of the block named by ``key``."""
+
+    @abstractmethod
+    def moments(self, seed: int) -> tuple[Array, Array]:
+        """Mean (d,) and covariance (d, d); exact where known, else from samples of the MOMENTS stream."""
+
+    @abstractmethod
+    def spec(self) -> tuple[Spec, dict[str, NDArray[Any]]]:
+        """What ``from_spec`` needs to rebuild this source: plain values, and arrays."""
+
+
+class Gaussian(Source):
+    """Normal distribution. ``mean``: scalar or (d,). ``cov``: scalar, (d,) variances or (d, d) matrix."""
+
+    kind = "gaussian"
+
+    def __init__(self, mean: ArrayLike = 0.0, cov: ArrayLike = 1.0, dim: int | None = None) -> None:
+        m, c = np.asarray(mean, dtype=np.float64), np.asarray(cov, dtype=np.float64)
+        sizes = {int(a.shape[0]) for a in (m, c) if a.ndim}
+        if dim is not None:
+            sizes.add(dim)
+        if len(sizes) != 1:
+            raise InputError(
+                f"Gaussian: mean {m.shape}, cov {c.shape} and dim {dim} do not name one dimension; "
+                "give a mean of shape (d,), a cov of shape (d,) or (d, d), or dim=d"
+            )
+        super().__init__(sizes.pop())
+        if m.ndim > 1 or c.ndim > 2 or (c.ndim == 2 and c.shape[0] != c.shape[1]):
+            raise InputError(f"Gaussian: mean {m.shape} must be (d,), cov {c.shape} (d,) or (d, d)")
+        if not (np.isfinite(m).all() and np.isfinite(c).all()):
+            raise InputError("Gaussian: mean and cov must be finite")
+        self.mean = np.broadcast_to(m, (self.dim,)).copy()
+        self.cov = c.copy()
+        self._root = self._square_root()
+
+    def _square_root(self) -> Tensor:
+        if self.cov.ndim < 2:
+            if (self.cov <= 0).any():
+                raise InputError(f"Gaussian: variances must be positive, the smallest is {self.cov.min()}")
+            return torch.as_tensor(np.sqrt(self.cov), dtype=torch.float64)
+        scale = float(np.abs(self.cov).max())
+        if not np.allclose(self.cov, self.cov.T, rtol=0, atol=1e-8 * scale):
+            raise InputError("Gaussian: cov is not symmetric; pass (cov + cov.T) / 2 if that is what you mean")
+        values, vectors = np.linalg.eigh(self.cov)
+        if values[0] < -1e-8 * scale or values[-1] <= 0:
+            raise InputError(f"Gaussian: cov is not positive semi-definite, an eigenvalue is {values[0]:.3g}")
+        return torch.from_numpy((vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T)
+
+    def draw(self, key: Key, n: int) -> Tensor:
+        z = torch.special.ndtri(uniforms(key, n, self.dim))
+        return torch.from_numpy(self.mean) + (z @ self._root if self._root.ndim == 2 else z * self._root)
+
+    def moments(self, seed: int) -> tuple[Array, Array]:
+        cov = self.cov if self.cov.ndim == 2 else np.diag(np.broadcast_to(self.cov, (self.dim,)))
+        return self.mean, cov.copy()
+
+    def spec(self) -> tuple[Spec, dict[str, NDArray[Any]]]:
+        return {"kind": self.kind, "dim": self.dim}, {"mean": self.mean, "cov": self.cov}
+
+
+class Cube(Source):
+    """Uniform on the box [low, high]^d."""
+
+    kind = "cube"
+
+    def __init__(self, dim: int, low: float = 0.0, high: float = 1.0) -> None:
+        super().__init__(dim)
+        if not (np.isfinite([low, high]).all() and low < high):
+            raise InputError(f"Cube: low {low} must be below high {high}, both finite")
+        self.low, self.high = float(low), float(high)
+
+    def draw(self, key: Key, n: int) -> Tensor:
+        return self.low + (self.high - self.low) * uniforms(key, n, self.dim)
+
+    def moments(self, seed: int) -> tuple[Array, Array]:
+        side = self.high - self.low
+        return np.full(self.dim, 0.5 * (self.low + self.high)), np.eye(self.dim) * side**2 / 12
+
+    def spec(self) -> tuple[Spec, dict[str, NDArray[Any]]]:
+        return {"kind": self.kind, "dim": self.dim, "low": self.low, "high": self.high}, {}
+
+
+class Round(Source):
+    """What ball and sphere share: a centre, a radius, and a uniform direction."""
+
+    def __init__(self, dim: int, radius: float = 1.0, centre: ArrayLike = 0.0) -> None:
+        super().__init__(dim)
+        c = np.asarray(centre, dtype=np.float64)
+        if c.shape not in ((), (dim,)) or not np.isfinite(c).all():
+            raise InputError(f"{type(self).__name__}: centre must be finite, a scalar or ({dim},), not {c.shape}")
+        if not (np.isfinite(radius) and radius > 0):
+            raise InputError(f"{type(self).__name__}: radius must be positive, not {radius}")
+        self.radius = float(radius)
+        self.centre = np.broadcast_to(c, (dim,)).copy()
+
+    def _directions(self, u: Tensor) -> Tensor:
+        if self.dim == 1:
+            return torch.where(u < 0.5, -1.0, 1.0).double()
+        z = torch.special.ndtri(u)
+        return z / z.norm(dim=1, keepdim=True)
+
+    def spec(self) -> tuple[Spec, dict[str, NDArray[Any]]]:
+        return {"kind": self.kind, "dim": self.dim, "radius": self.radius}, {"centre": self.centre}
+
+
+class Ball(Round):
+    """Uniform in the ball of a radius around a centre."""
+
+    kind = "ball"
+
+    def draw(self, key: Key, n: int) -> Tensor:
+        u = uniforms(key, n, self.dim + 1)
+        r = self.radius * u[:, -1:] ** (1.0 / self.dim)
+        return torch.from_numpy(self.centre) + r * self._directions(u[:, :-1])
+
+    def moments(self, seed: int) -> tuple[Array, Array]:
+        return self.centre, np.eye(self.dim) * self.radius**2 / (self.dim + 2)
+
+
+class Sphere(Round):
+    """Uniform on the sphere of a radius around a centre."""
+
+    kind = "sphere"
+
+    def draw(self, key: Key, n: int) -> Tensor:
+        return torch.from_numpy(self.centre) + self.radius * self._directions(uniforms(key, n, self.dim))
+
+    def moments(self, seed: int) -> tuple[Array, Array]:
+        return self.centre, np.eye(self.dim) * self.radius**2 / self.dim
+
+
+class Samples(Source):
+    """The empirical distribution of an array (n, d): rows are drawn with equal probability."""
+
+    kind = "samples"
+
+    def __init__(self, rows: ArrayLike) -> None:
+        r = np.asarray(rows)
+        if r.ndim != 2 or r.shape[0] < 1 or not np.issubdtype(r.dtype, np.number) or np.iscomplexobj(r):
+            raise InputError(f"an array source must be real and of shape (n, d) with n >= 1, not {r.dtype} {r.shape}")
+        bad = ~np.isfinite(r).all(axis=1)
+        if bad.any():
+            raise InputError(
+                f"the array source has {int(bad.sum()):,} rows with NaN or Inf, the first is row {int(bad.argmax()):,}; "
+                "remove or mend them"
+            )
+        super().__init__(int(r.shape[1]))
+        self.rows = r
+
+    def draw(self, key: Key, n: int) -> Tensor:
+        index = (uniforms(key, n, 1)[:, 0] * len(self.rows)).long().clamp_max(len(self.rows) - 1)
+        return torch.from_numpy(self.rows[index.numpy()].astype(np.float64))
+
+    def moments(self, seed: int) -> tuple[Array, Array]:
+        return _moments(self.rows)
+
+    def spec(self) -> tuple[Spec, dict[str, NDArray[Any]]]:
+        return {"kind": self.kind, "dim": self.dim}, {"rows": self.rows}
+
+
+Sample = Callable[[np.random.Generator, int], ArrayLike]
+
+
+class Sampler(Source):
+    """A user's own source: ``sample(generator, n) -> (n, d)``, which must use that generator alone."""
+
+    kind = "sampler"
+    MOMENT_BLOCKS = 16
+
+    def __init__(self, sample: Sample, dim: int) -> None:
+        super().__init__(dim)
+        self.sample = sample
+
+    def draw(self, key: Key, n: int) -> Tensor:
+        x = np.asarray(self.sample(key.generator(), n), dtype=np.float64)
+        if x.shape != (n, self.dim):
+            raise InputError(f"the sampler gave an array of shape {x.shape} where ({n}, {self.dim}) was asked for")
+        if not np.isfinite(x).all():
+            raise InputError("the sampler gave NaN or Inf; a source must be finite")
+        return torch.from_numpy(x)
+
+    def moments(self, seed: int) -> tuple[Array, Array]:
+        keys = [Key(seed, Stream.MOMENTS, 0, block) for block in range(self.MOMENT_BLOCKS)]
+        return _moments(torch.cat([self.draw(key, BLOCK) for key in keys]).numpy())
+
+    def spec(self) -> tuple[Spec, dict[str, NDArray[Any]]]:
+        name = getattr(self.sample, "__qualname__", type(self.sample).__name__)
+        return {"kind": self.kind, "dim": self.dim, "name": name}, {}
+
+
+def _moments(rows: NDArray[Any]) -> tuple[Array, Array]:
+    """Mean and covariance of rows (n, d), block by block in float64."""
+    blocks = [slice(a, a + 65536) for a in range(0, len(rows), 65536)]
+    mean = sum((rows[b].astype(np.float64).sum(axis=0) for b in blocks), np.zeros(rows.shape[1])) / len(rows)
+    cov = np.zeros((rows.shape[1], rows.shape[1]))
+    for b in blocks:
+        centred = rows[b].astype(np.float64) - mean
+        cov += centred.T @ centred
+    return mean, cov / len(rows)
+
+
+def as_source(source: object, dim: int) -> Source:
+    """A Source of dimension ``dim`` from a name, a Source, an array (n, d) or a callable.
+
+    Names: "gaussian" N(0, I), "cube" [0, 1]^d, "ball" and "sphere" of radius 1.
+
+    Raises InputError for an unknown name or a dimension other than ``dim``.
+    """
+    named = {"gaussian": lambda: Gaussian(dim=dim), "cube": lambda: Cube(dim)}
+    named |= {"ball": lambda: Ball(dim), "sphere": lambda: Sphere(dim)}
+    if isinstance(source, str):
+        if source not in named:
+            raise InputError(f"unknown source {source!r}; choose one of {', '.join(named)}, an array or a callable")
+        return named[source]()
+    if isinstance(source, Tensor):
+        source = source.detach().cpu().numpy()
+    if isinstance(source, Source):
+        found = source
+    elif callable(source):
+        found = Sampler(source, dim)
+    else:
+        found = Samples(np.asarray(source))
+    if found.dim != dim:
+        raise InputError(
+            f"the source has dimension {found.dim} and the latents have dimension {dim}; "
+            "they must live in the same space"
+        )
+    return found
+
+
+def from_spec(spec: Spec, arrays: dict[str, NDArray[Any]]) -> Source:
+    """The inverse of ``Source.spec``. Raises InputError for a user's sampler, which is code, not data."""
+    kind, values = spec["kind"], {k: v for k, v in spec.items() if k != "kind"}
+    if kind == "sampler":
+        raise InputError(
+            f"this run draws from the sampler {spec.get('name')!r}, which cannot be stored; "
+            "go on from Python: distot.resume(run, source=your_sampler)"
+        )
+    if kind == "samples":
+        return Samples(arrays["rows"])
+    kinds: dict[str, Callable[..., Source]] = {s.kind: s for s in (Gaussian, Cube, Ball, Sphere)}
+    return kinds[kind](**values, **arrays)

@@ -1,0 +1,117 @@
+"""What happens between blocks and steps: signals, the deadline, progress, the log, checkpoints."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from distot.errors import StoreError
+from distot.store import Run
+
+Event = dict[str, Any]
+LOG_SECONDS = 1.0  # step events are logged at most this often
+
+
+class Stop(Exception):
+    """Raised by ``Watch.poll`` to leave the loop: "max_seconds" or "interrupted"."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class Watch:
+    """Told of everything that happens in a run; raises Stop when it is time to go.
+
+    ``listen`` gets every event as a dict with the key "event"; a run gets them in its log as well.
+    """
+
+    def __init__(
+        self,
+        run: Run | None = None,
+        listen: Callable[[Event], None] | None = None,
+        max_seconds: float | None = None,
+        checkpoint_seconds: float = 60.0,
+    ) -> None:
+        self.run, self.listen = run, listen
+        self.began = time.monotonic()
+        self.deadline = None if max_seconds is None else self.began + max_seconds
+        self.checkpoint_seconds = checkpoint_seconds
+        self.signal: int | None = None
+        self.seconds_per_sample = 0.0  # of the search, averaged over the last steps; 0 before the first
+        self._saved = self._logged = self.began
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.began
+
+    def poll(self, reserve: float = 0.0) -> None:
+        """Raises Stop after a signal, or when fewer than ``reserve`` seconds are left."""
+        if self.signal is not None:
+            raise Stop("interrupted")
+        if self.deadline is not None and time.monotonic() > self.deadline - reserve:
+            raise Stop("max_seconds")
+
+    @contextmanager
+    def timed(self, samples: int) -> Iterator[None]:
+        """Measures what a sample costs."""
+        began = time.monotonic()
+        yield
+        now = (time.monotonic() - began) / samples
+        self.seconds_per_sample = 0.8 * self.seconds_per_sample + 0.2 * now if self.seconds_per_sample else now
+
+    def tell(self, event: str, **fields: Any) -> None:
+        """Passes an event on to the listener and to the log (steps: at most one a second)."""
+        record = {"event": event, "time": time.time(), "seconds": round(self.seconds, 3)} | fields
+        if self.listen is not None:
+            self.listen(record)
+        now = time.monotonic()
+        if self.run is not None and (event != "step" or now - self._logged >= LOG_SECONDS):
+            self._logged = now
+            self.run.log(record)
+
+    def due(self) -> bool:
+        """Whether a checkpoint is due."""
+        return self.run is not None and time.monotonic() - self._saved >= self.checkpoint_seconds
+
+    def save(self, step: int, arrays: dict[str, Any], scalars: dict[str, Any], must: bool = False) -> None:
+        """Writes a checkpoint. If that fails the run goes on and tries again later, unless it ``must`` succeed."""
+        if self.run is None:
+            return
+        began = time.monotonic()
+        try:
+            name = self.run.save_checkpoint(step, arrays, scalars)
+        except StoreError as error:
+            if must:
+                raise
+            if self.listen is not None:
+                self.listen({"event": "warning", "text": f"{error}; the run goes on and will try again"})
+        else:
+            self.tell("checkpoint", name=name, step=step, took=round(time.monotonic() - began, 4))
+        self._saved = time.monotonic()
+
+    @contextmanager
+    def signals(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM end the run at the next block; a second Ctrl-C raises KeyboardInterrupt at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def caught(number: int, frame: FrameType | None) -> None:
+            if self.signal is not None:
+                raise KeyboardInterrupt
+            self.signal = number
+            if self.listen is not None:
+                self.listen({"event": "signal", "signal": signal.Signals(number).name})
+
+        before = {number: signal.signal(number, caught) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
