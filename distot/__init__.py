@@ -2,9 +2,9 @@
 
 from distot.api import certify, load, resume, solve
 from distot.certify import Certificate
-from distot.errors import DistotError, DistotWarning, InputError, Interrupted, StoreError
+from distot.errors import DistotError, DistotWarning, InputError, StoreError
 from distot.power import heights_to_weights, weights_to_heights
-from distot.solution import Solution
+from distot.solution import Interrupted, Solution
 from distot.source import Ball, Cube, Gaussian, Sampler, Samples, Source, Sphere
 
 __all__ = [

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from distot import assign, solver
 from distot.certify import Certificate
-from distot.errors import DistotWarning, InputError, Interrupted, StoreError
+from distot.errors import DistotWarning, InputError, StoreError
 from distot.problem import Problem, build_problem
 from distot.progress import listener
 from distot.schedule import Options, StopRule
-from distot.solution import Solution, describe
+from distot.solution import Interrupted, Solution, describe
 from distot.solver import Progress
 from distot.source import Source, from_spec
 from distot.store import Latents, Run, need_space, open_latents
@@ -105,7 +105,7 @@ def resume(
     """
     folder, problem, options, rows, mass = _open_run(run, source, latents, device)
     changes = {"until_chi2": until_chi2, "max_samples": max_samples, "max_seconds": max_seconds}
-    changed = replace(options, **{k: v for k, v in changes.items() if v is not None})
+    changed = Options(**(options.to_dict() | {k: v for k, v in changes.items() if v is not None}))
     checkpoint = folder.load_checkpoint()
     if checkpoint is None:
         return _drive(problem, changed, rows, mass, folder, None, (), progress, on_event)
@@ -260,9 +260,10 @@ def _open_run(
     elif not isinstance(source, Source) and not callable(source):
         raise InputError(f"source must be the callable or distot.Source that the run began with, not {source!r}")
     if latents is None:
-        latents = folder.path / config["latents"]
-        if not latents.exists():
-            raise StoreError(f"the latents of {run} are not at {latents} any more; say where they are (--latents)")
+        stored = folder.path / config["latents"]
+        if not stored.exists():
+            raise StoreError(f"the latents of {run} are not at {stored} any more; say where they are (--latents)")
+        latents = stored
     rows = _rows(latents)
     if list(rows.shape) != config["shape"]:
         raise InputError(f"{run} was solved for latents of shape {tuple(config['shape'])}, these are {rows.shape}")

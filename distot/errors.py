@@ -5,11 +5,6 @@ The command line prints the message alone; no traceback belongs to a mistake tha
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from distot.solution import Solution
-
 
 class DistotError(Exception):
     """Base of every error that distot raises on purpose."""
@@ -23,15 +18,6 @@ class StoreError(DistotError, OSError):
     """A store could not be read or written: corrupt, full, locked or not ours."""
 
     __str__ = Exception.__str__
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM during a solve; ``solution`` holds all that had been computed."""
-
-    def __init__(self, message: str, solution: Solution, signal: int) -> None:
-        super().__init__(message)
-        self.solution = solution
-        self.signal = signal
 
 
 class DistotWarning(UserWarning):

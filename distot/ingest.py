@@ -6,21 +6,19 @@ except one mass for each latent.
 
 from __future__ import annotations
 
-import zipfile
+import importlib
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from tokenize import TokenError
 from typing import IO, Any
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 
 from distot.errors import DistotError, InputError
 from distot.store import explained, new_latents, open_latents
@@ -32,12 +30,8 @@ BFLOAT16_TOP = np.float32(float.fromhex("0x1.ffp127"))  # the smallest number th
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 INTEGERS = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
-SAFETENSORS = {"BF16": "bfloat16"} | {
-    f"{code}{bits}": f"{name}{bits}"
-    for code, name in (("F", "float"), ("I", "int"), ("U", "uint"))
-    for bits in (8, 16, 32, 64)
-    if (code, bits) != ("F", 8)
-}
+DAMAGE: tuple[type[Exception], ...] = (OSError, EOFError, ValueError, RuntimeError, TokenError, BadZipFile, zlib.error)
+SAFETENSORS = {"F": "float", "BF": "bfloat", "I": "int", "U": "uint"}
 
 Shape = tuple[int, ...]
 Blocks = Iterator[NDArray[Any]]
@@ -81,7 +75,7 @@ class Wanted:
 
     key: str | None
     vector: bool = False
-    besides: str | None = None  # taken already, for the masses
+    besides: str | None = None  # a column that holds the masses, no coordinate
 
     @property
     def option(self) -> str:
@@ -93,8 +87,7 @@ class Wanted:
         listed += f" and {len(shapes) - 20} more" if len(shapes) > 20 else ""
         if self.key is not None and self.key not in shapes:
             raise InputError(f"{path} has nothing named {self.key!r} but {listed}; name one of these ({self.option})")
-        names = [name for name in shapes if name != self.besides]
-        fitting = [name for name in names if (len(shapes[name]) < 2) == self.vector] or names
+        fitting = [name for name in shapes if (len(shapes[name]) < 2) == self.vector] or list(shapes)
         if self.key is None and len(fitting) != 1:
             what = "masses" if self.vector else "latents"
             raise InputError(f"{path} holds {listed}; name the one with the {what} ({self.option})")
@@ -119,7 +112,7 @@ def ingest(
     """Stores the latents of ``source`` (npy, npz, safetensors, parquet, zarr) at ``destination``, in constant memory.
 
     ``key`` names one of several arrays. Masses come from the file ``mass``, or from the array ``mass_key`` of it or of
-    the source. ``on_rows(done, total)`` is called after each block.
+    the source; a latents store keeps its own. ``on_rows(done, total)`` is called after each block.
     Raises InputError for what cannot be used, StoreError if ``destination`` exists or cannot be written; then nothing
     is left there.
     """
@@ -129,7 +122,7 @@ def ingest(
     shape = _row_shape(reader, flatten)
     check_rows(np.broadcast_to(np.float32(0), shape))
     stored, notes = _stored_dtype(reader, dtype)
-    with new_latents(destination, shape, stored, origin=reader.name.removeprefix(f"{source.parent}/")) as writer:
+    with new_latents(destination, shape, stored, origin=source.name + reader.name.removeprefix(str(source))) as writer:
         masses = reader.mass if mass is None and mass_key is None else _masses(Path(mass or source), mass_key, shape[0])
         if masses is not None:
             notes += check_mass(masses, shape[0])[1]
@@ -152,15 +145,13 @@ def ingest(
                 "remove or mend these rows"
             )
     fingerprint = open_latents(destination).fingerprint
-    return Ingested(destination, shape, stored, str(fingerprint), tuple([*reader.notes, *notes]))
+    return Ingested(destination, shape, stored, str(fingerprint), (*reader.notes, *notes))
 
 
 def _row_shape(reader: Reader, flatten: bool) -> tuple[int, int]:
     """Shape of the latents as rows. Raises InputError if each latent is not a row and may not be flattened."""
     if len(reader.shape) < 2:
-        raise InputError(
-            f"{reader.name} has shape {reader.shape}; latents need (N, d), if d = 1 reshape them to (N, 1)"
-        )
+        raise InputError(f"{reader.name} has shape {reader.shape}; latents need (N, d), reshape numbers to (N, 1)")
     rows = (reader.shape[0], prod(reader.shape[1:]))
     if len(reader.shape) > 2 and not flatten:
         raise InputError(f"{reader.name} has shape {reader.shape}; flatten each latent to a row with --flatten: {rows}")
@@ -168,12 +159,12 @@ def _row_shape(reader: Reader, flatten: bool) -> tuple[int, int]:
 
 
 def _stored_dtype(reader: Reader, wanted: str | None) -> tuple[str, list[str]]:
-    stored = wanted or (reader.dtype if reader.dtype in FLOATS else "float32")
+    """The dtype to store, and a note if integers become floats."""
     if reader.dtype in FLOATS:
-        return stored, []
-    return stored, [
-        f"the integers ({reader.dtype}) of {reader.name} are stored as {stored}, rounded where they do not fit"
-    ]
+        return wanted or reader.dtype, []
+    stored = wanted or "float32"
+    note = f"{reader.name} holds {reader.dtype} integers; they are stored as {stored}, rounded if that has fewer digits"
+    return stored, [note]
 
 
 def _converted(rows: NDArray[Any], dtype: str, reader: Reader, start: int) -> NDArray[Any]:
@@ -184,10 +175,7 @@ def _converted(rows: NDArray[Any], dtype: str, reader: Reader, start: int) -> ND
     if narrow.max() >= top or narrow.min() <= -top:
         row = start + int((np.abs(narrow) >= top).any(axis=1).argmax())
         wider = reader.dtype if reader.dtype in FLOATS else "float32"
-        wider = wider if wider != dtype else "float64"
-        raise InputError(
-            f"row {row:,} of {reader.name} has a value too large for {dtype}; keep {wider} (--dtype {wider})"
-        )
+        raise InputError(f"row {row:,} of {reader.name} is too large for {dtype}; keep {wider} (--dtype {wider})")
     return narrow
 
 
@@ -214,26 +202,33 @@ def _open(path: Path, wanted: Wanted) -> Reader:
     formats = {".npy": _npy, ".npz": _npz, ".safetensors": _safetensors, ".parquet": _parquet, ".zarr": _zarr}
     if suffix not in formats:
         raise InputError(
-            f"{path} is of no known format; give .npy, .npz, .safetensors, .parquet, a folder of .parquet files or .zarr"
+            f"{path} is of no known format; give .npy, .npz, .safetensors, .parquet, a folder of .parquet or .zarr"
         )
     with _reading(path):
         return formats[suffix](path, wanted)
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def _reading(path: Path, *also: type[Exception]) -> Iterator[None]:
     """Turns what the libraries raise on a damaged file, and the operating system on any, into one sentence."""
-    damage = (ValueError, EOFError, zlib.error, zipfile.BadZipFile, RuntimeError, SafetensorError, pa.ArrowException)
     with explained("read", path):
         try:
             yield
         except DistotError:
             raise
-        except (*damage, OSError) as error:
+        except (*DAMAGE, *also) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
             why = " ".join(str(error).split()).rstrip(".")
             raise InputError(f"{path} is damaged, cut short or not what its name says ({why}); make it anew") from error
+
+
+def _library(name: str) -> Any:
+    """A library that only some formats need."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise InputError(f"{name} cannot be loaded ({error}); install it: pip install 'distot[ingest]'") from error
 
 
 def _ranges(n: int, step: int) -> Iterator[slice]:
@@ -259,11 +254,16 @@ def _npy(path: Path, wanted: Wanted) -> Reader:
         raise ValueError(f"{missing:,} bytes are missing")
 
     def blocks(step: int) -> Blocks:
-        for rows in _ranges(shape[0], step):
-            with _reading(path):  # mapped anew for each block, so that pages already read do not pile up
-                mapped = np.memmap(path, dtype, "r", offset, shape, "F" if fortran else "C")
-                block = np.array(mapped[rows], order="C")
-            del mapped
+        n, width = shape[0], prod(shape[1:])
+        for rows in _ranges(n, step):
+            count = rows.stop - rows.start
+            with _reading(path):
+                if fortran:
+                    starts = [offset + (column * n + rows.start) * dtype.itemsize for column in range(width)]
+                    block = np.stack([np.fromfile(path, dtype, count, offset=start) for start in starts], axis=1)
+                else:
+                    block = np.fromfile(path, dtype, count * width, offset=offset + rows.start * width * dtype.itemsize)
+                block = block.reshape((count, *shape[1:]), order="F" if fortran else "C")
             yield block
 
     return Reader(str(path), shape, dtype.name, blocks)
@@ -271,7 +271,7 @@ def _npy(path: Path, wanted: Wanted) -> Reader:
 
 def _npz(path: Path, wanted: Wanted) -> Reader:
     headers = {}
-    with zipfile.ZipFile(path) as archive:
+    with ZipFile(path) as archive:
         for name in archive.namelist():
             if name.endswith(".npy"):
                 with archive.open(name) as stream:
@@ -282,7 +282,7 @@ def _npz(path: Path, wanted: Wanted) -> Reader:
         raise InputError(f"{path}: {key} is stored column by column; save it with numpy.ascontiguousarray, or as .npy")
 
     def blocks(step: int) -> Blocks:
-        with _reading(path), zipfile.ZipFile(path) as archive, archive.open(f"{key}.npy") as stream:
+        with _reading(path), ZipFile(path) as archive, archive.open(f"{key}.npy") as stream:
             _header(stream)
             for rows in _ranges(shape[0], step):
                 block = np.empty((rows.stop - rows.start, *shape[1:]), dtype)
@@ -300,24 +300,27 @@ def _npz(path: Path, wanted: Wanted) -> Reader:
 
 
 def _safetensors(path: Path, wanted: Wanted) -> Reader:
-    with safe_open(path, framework="pt") as file:
-        key = wanted.choose(path, {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()})
-        shape, code = tuple(file.get_slice(key).get_shape()), file.get_slice(key).get_dtype()
-    dtype = SAFETENSORS.get(code, code)
+    library = _library("safetensors")
+    with _reading(path, library.SafetensorError), library.safe_open(path, framework="pt") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in sorted(file.keys())}
+        key = wanted.choose(path, shapes)
+        code = file.get_slice(key).get_dtype()
+    shape, letters = shapes[key], code.rstrip("0123456789")
+    dtype = SAFETENSORS.get(letters, letters) + code.removeprefix(letters)
 
     def blocks(step: int) -> Blocks:
-        for rows in _ranges(shape[0], step):
-            with _reading(path), safe_open(path, framework="pt") as file:  # anew for each block, as for npy
+        for rows in _ranges(shape[0], step):  # opened anew for each block, lest the pages read pile up
+            with _reading(path, library.SafetensorError), library.safe_open(path, framework="pt") as file:
                 tensor = file.get_slice(key)[rows]
                 block = np.array((tensor.float() if dtype == "bfloat16" else tensor).numpy())
-            del tensor
             yield block
 
     return Reader(f"{path}: {key}", shape, dtype, blocks)
 
 
 def _zarr(path: Path, wanted: Wanted) -> Reader:
-    latents = open_latents(path, wanted.key)
+    with _reading(path, KeyError, TypeError):
+        latents = open_latents(path, wanted.key)
     if latents.attributes:
         wanted.refuse_key(path, "is a latents store, whose masses are taken over")
     chunk = latents.array.chunks[0] if latents.shape else 1
@@ -341,11 +344,13 @@ def _parquet(path: Path, wanted: Wanted) -> Reader:
     files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
     total, schemas = 0, []
     for file in files:
-        with _reading(file), pq.ParquetFile(file) as opened:
+        with _reading(file, KeyError), _streamed(file) as opened:
             total += opened.metadata.num_rows
             schemas.append(opened.schema_arrow)
     kinds = {field.name: field.type for field in schemas[0]}
-    lists = {name: (total, _width(files, name, kind)) for name, kind in kinds.items() if _is_list(kind)}
+    lists: dict[str, Shape] = {
+        name: (total, _width(files, name, kind)) for name, kind in kinds.items() if _is_list(kind)
+    }
     numbers = [name for name, kind in kinds.items() if _is_number(kind) and not name.startswith("__index_level_")]
     names, notes = [name for name in numbers if name != wanted.besides], []
     shape: Shape = (total, len(names))
@@ -364,11 +369,9 @@ def _parquet(path: Path, wanted: Wanted) -> Reader:
         done = 0
         for file, schema in zip(files, schemas, strict=True):
             if any(name not in schema.names or schema.field(name).type != kinds[name] for name in names):
-                raise InputError(
-                    f"{file} has other columns than {files[0]}; give files with the same columns and types"
-                )
-            with _reading(file), pq.ParquetFile(file, buffer_size=PIECE_BYTES) as opened:
-                for batch in opened.iter_batches(step, columns=names):
+                raise InputError(f"{file} has other columns than {files[0]}; give files of one schema")
+            with _reading(file, KeyError), _streamed(file) as opened:
+                for batch in opened.iter_batches(-(-step // 4), columns=names):  # decoding takes several times a batch
                     columns = [_dense(batch.column(name), f"{path}: {name}", done, shape) for name in names]
                     yield columns[0] if names[0] in lists or len(shape) == 1 else np.column_stack(columns).astype(dtype)
                     done += len(batch)
@@ -376,23 +379,32 @@ def _parquet(path: Path, wanted: Wanted) -> Reader:
     return Reader(label, shape, dtype.name, blocks, tuple(notes))
 
 
+def _streamed(file: Path) -> Any:
+    """A parquet file whose column chunks are read piece by piece, not each as a whole."""
+    return _library("pyarrow.parquet").ParquetFile(
+        file, buffer_size=PIECE_BYTES, pre_buffer=False, page_checksum_verification=True
+    )
+
+
 def _is_number(kind: Any) -> bool:
-    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
+    types = _library("pyarrow.types")
+    return bool(types.is_integer(kind) or types.is_floating(kind))
 
 
 def _is_list(kind: Any) -> bool:
-    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    return bool(is_list) and _is_number(kind.value_type)
+    types = _library("pyarrow.types")
+    is_list = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+    return bool(is_list and _is_number(kind.value_type))
 
 
 def _width(files: Sequence[Path], name: str, kind: Any) -> int:
     """Values in a list of this column: by its type, or else by its first list."""
-    if pa.types.is_fixed_size_list(kind):
+    if _library("pyarrow.types").is_fixed_size_list(kind):
         return int(kind.list_size)
     for file in files:
-        with _reading(file), pq.ParquetFile(file, buffer_size=PIECE_BYTES) as opened:
+        with _reading(file, KeyError), _streamed(file) as opened:
             for batch in opened.iter_batches(16, columns=[name]):
-                for length in pc.list_value_length(batch.column(0)).drop_null():
+                for length in _library("pyarrow.compute").list_value_length(batch.column(0)).drop_null():
                     return int(length.as_py())
     return 0
 
@@ -403,7 +415,7 @@ def _dense(column: Any, name: str, start: int, shape: Shape) -> NDArray[Any]:
     nulls = column.is_null().to_numpy(zero_copy_only=False)
     if _is_list(column.type) and not nulls.any():
         width = shape[1]
-        lengths = pc.list_value_length(column).to_numpy(zero_copy_only=False)
+        lengths = _library("pyarrow.compute").list_value_length(column).to_numpy(zero_copy_only=False)
         if (wrong := lengths != width).any():
             row = int(wrong.argmax())
             raise InputError(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from distot.watch import Event
 
@@ -15,7 +15,7 @@ from distot.watch import Event
 @contextmanager
 def listener(show: bool | None, also: Callable[[Event], None] | None) -> Iterator[Callable[[Event], None] | None]:
     """A listener that draws on stderr (``show``; None: if it is a terminal) and passes every event on to ``also``."""
-    console = Console(stderr=True)
+    console = Console(stderr=True, highlight=False, markup=False, emoji=False)
     if not (console.is_terminal if show is None else show):
         yield also
         return
@@ -42,7 +42,12 @@ class Display:
     """One line that moves, and a line that stays for everything worth remembering."""
 
     def __init__(self, console: Console) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"), TimeElapsedColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[state]}"),
+            TimeElapsedColumn(),
+        )
         self.bar = Progress(*columns, console=console, transient=True)
         self.task = self.bar.add_task("reading", total=None, state="")
         self.chi2 = ""
@@ -60,8 +65,8 @@ class Display:
         if handler is not None:
             handler(event)
 
-    def say(self, text: str) -> None:
-        self.bar.console.print(text, highlight=False)
+    def say(self, text: str | Text) -> None:
+        self.bar.console.print(text, soft_wrap=True)
 
     def on_begin(self, e: Event) -> None:
         self.atoms = e["atoms"]
@@ -76,10 +81,10 @@ class Display:
         self.say(f"going on from step {e['step']:,}, {e['samples']:,} samples")
 
     def on_note(self, e: Event) -> None:
-        self.say(f"[yellow]note[/]: {e['text']}")
+        self.say(Text.assemble(("note", "yellow"), f": {e['text']}"))
 
     def on_warning(self, e: Event) -> None:
-        self.say(f"[red]warning[/]: {e['text']}")
+        self.say(Text.assemble(("warning", "red"), f": {e['text']}"))
 
     def on_signal(self, e: Event) -> None:
         self.say(f"{e['signal']}: saving; press Ctrl-C again to quit without")

@@ -14,7 +14,8 @@ import numpy as np
 from distot.certify import LEVEL, Estimate
 from distot.errors import InputError
 
-BATCH_SHARE, BATCH_LEAST = 5, 32  # a step draws n / 5 samples, at least 32
+BATCH_SHARE, BATCH_LEAST = 5, 32  # a step draws n / 5 samples, at least 32 ...
+BATCH_GROWTH = 1000  # ... and at least a thousandth of all before it, so that long runs do not drown in small steps
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,9 @@ class Options:
         return asdict(self)
 
 
-def batch(n: int) -> int:
-    """Samples in a step."""
-    return max(BATCH_LEAST, n // BATCH_SHARE)
+def batch(n: int, samples: int) -> int:
+    """Samples in the step that follows ``samples``."""
+    return max(BATCH_LEAST, n // BATCH_SHARE, samples // BATCH_GROWTH)
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ class Check:
     step: int
     chi2: float
     error: float
-    upper: float  # the stop rule's own limit, which pays for having looked before
+    close: bool  # only a close look can end a run
+    upper: float  # the stop rule's own limit; after k close looks it pays for all of them
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -70,11 +72,11 @@ class Check:
 
 @dataclass(frozen=True)
 class StopRule:
-    """Looks at chi2 on fresh samples now and then, and closely when the goal is near.
+    """Looks at chi2 on fresh samples now and then, and closely when the goal should be met.
 
-    The k-th look spends 0.05 · 6 / (pi k)² of the error, so all looks together call a run finished wrongly with
-    probability at most 5 %. A close look is as large as balances its cost against the samples that its error bar
-    makes the solver overshoot; far from the goal a look costs 1 % of the samples so far.
+    Only close looks can end a run. The k-th spends 0.05 · 6 / (pi k)² of the error, so all together call a run finished
+    wrongly with probability at most 5 %. A close look is as large as balances its cost against the samples that its
+    error bar makes the solver overshoot; a glance aims at an error of a fifth of chi2 for at most 2.5 % of the samples.
     """
 
     n: int
@@ -84,39 +86,58 @@ class StopRule:
         """Samples at which to look first."""
         return samples + 5 * self.n
 
-    @property
-    def close_look(self) -> int:
-        """Samples for an error of goal / r, r = 1.4 n^¼ between 4 and 64."""
-        if self.goal is None:
-            return 0
-        ratio = min(64.0, max(4.0, 1.4 * self.n**0.25))
-        return max(64, int(np.ceil(ratio * np.sqrt(2 * self.n) / self.goal)))
+    def close(self, samples: int, history: tuple[Check, ...]) -> bool:
+        """Whether the look that is due is a close one."""
+        return bool(history) and self.wanted(history) <= samples
 
     def size(self, samples: int, history: tuple[Check, ...]) -> int:
         """Samples of the look that is due."""
-        glance = max(64, samples // 100, int(4 * np.sqrt(2 * self.n)))
-        near = self.goal is not None and bool(history) and self.wanted(history) <= samples
-        return max(glance, self.close_look) if near else glance
+        glance = max(64, min(samples // 40, self._look(0.2 * self._limit(samples))))
+        return max(glance, self._close()) if self.close(samples, history) else glance
 
-    def limit(self, found: Estimate, history: tuple[Check, ...]) -> float:
-        """Upper limit of chi2 for the look that follows ``history``."""
-        spent = (1 - LEVEL) * 6 / (np.pi * (len(history) + 1)) ** 2
-        return found.value + NormalDist().inv_cdf(1 - spent) * found.error
+    def judge(self, found: Estimate, samples: int, looked: int, step: int, history: tuple[Check, ...]) -> Check:
+        """The look that was due at ``samples``, with its limit."""
+        close = self.close(samples, history)
+        upper = found.value + self._z(history) * found.error
+        return Check(samples + looked, looked, step, found.value, found.error, close, upper)
+
+    def done(self, history: tuple[Check, ...]) -> bool:
+        """Whether the last look ends the run."""
+        return self.goal is not None and bool(history) and history[-1].close and history[-1].upper <= self.goal
 
     def next(self, history: tuple[Check, ...]) -> int:
-        """Samples at which to look again: after doubling, or when the goal should be met, not before 3 % more."""
-        last = history[-1]
-        return int(max(1.03 * last.samples, min(2.0 * last.samples, self.wanted(history))))
+        """Samples at which to look again: when the goal should be met if that is near, else at half as many again."""
+        last, wanted = history[-1].samples, self.wanted(history)
+        return int(max(1.03 * last, wanted if wanted < 1.6 * last else 1.5 * last))
 
     def wanted(self, history: tuple[Check, ...]) -> float:
-        """Samples at which a close look should find the goal met, as chi2 falls like 1 / M."""
+        """Samples at which a close look should find the goal met; infinity without a goal.
+
+        chi2 falls like 1 / M in the end, a little faster while the average still forgets where it began.
+        """
         if self.goal is None:
             return float("inf")
         if not history:
             return 2.0 * self.n / self.goal
         last = history[-1]
-        error = np.sqrt(2 * self.n) / self.close_look
-        z = NormalDist().inv_cdf(1 - (1 - LEVEL) * 6 / (np.pi * (len(history) + 1)) ** 2)
-        room = self.goal - z * error
-        hopeful = max(last.chi2 - last.error, (self.n - 1) / last.samples) if last.error > 0.2 * self.goal else last.chi2
-        return last.samples * hopeful / room if room > 0 else 2.0 * last.samples
+        room = self.goal - self._z(history) * np.sqrt(2 * self.n) / self._close()
+        expected = max(last.chi2, self._limit(last.samples))
+        return last.samples * float((expected / room) ** 0.8)
+
+    def _z(self, history: tuple[Check, ...]) -> float:
+        """Standard errors that the limit of the look after ``history`` stands above its estimate."""
+        k = 1 + sum(check.close for check in history)
+        return NormalDist().inv_cdf(1 - (1 - LEVEL) * 6 / (np.pi * k) ** 2)
+
+    def _limit(self, samples: int) -> float:
+        """About the least chi2 to hope for after so many samples, math (11)."""
+        return 1.2 * self.n / samples
+
+    def _look(self, error: float) -> int:
+        """Samples whose chi2 has this standard error near the solution."""
+        return int(np.ceil(np.sqrt(2 * self.n) / error))
+
+    def _close(self) -> int:
+        """Samples of a close look: error goal / r with r = 1.4 n^¼, optimal for e ~ ½; r >= 8 leaves room."""
+        assert self.goal is not None
+        return max(64, self._look(self.goal / min(64.0, max(8.0, 1.4 * self.n**0.25))))

@@ -61,7 +61,7 @@ class Solution:
 
     @property
     def heights(self) -> Array:
-        """h (N,) float64 in user units with sum_i nu_i h_i = 0; -inf where the mass is zero. Equal latents share one."""
+        """h (N,) float64 in user units with sum_i nu_i h_i = 0; -inf for zero mass; equal latents share one."""
         target = self.problem.target
         average = self._progress.state.average.cpu().numpy()
         return target.spread(self.problem.frame.heights_out(average, target.tilt, target.mass))
@@ -75,13 +75,14 @@ class Solution:
 
     @property
     def samples(self) -> int:
-        """All search work for the heights, in plain samples: start, steps, looks at chi2. The certificate has its own."""
+        """All search work for the heights, in plain samples: start, steps and looks at chi2, not the certificate."""
         return self._progress.state.samples
 
     @property
     def efficiency(self) -> float:
-        """Sample efficiency e = (n - 1) / (M chi2), math (11), with chi2 from the certificate."""
-        return (self.problem.target.n - 1) / (self.samples * max(self.certificate.chi2, 1e-300))
+        """Sample efficiency e = (n - 1) / (M chi2), math (11), with chi2 of the certificate or its error if larger."""
+        found = self.certificate
+        return (found.atoms - 1) / (max(self.samples, 1) * max(found.chi2, found.chi2_error))
 
     @property
     def history(self) -> tuple[Check, ...]:
@@ -108,7 +109,9 @@ class Solution:
         Equal latents count as one; the lowest of their indices is given. Raises InputError for a wrong shape or NaN.
         """
         target, frame = self.problem.target, self.problem.frame
-        values = x.detach().cpu().double() if isinstance(x, Tensor) else torch.as_tensor(np.asarray(x, dtype=np.float64))
+        values = (
+            x.detach().cpu().double() if isinstance(x, Tensor) else torch.as_tensor(np.asarray(x, dtype=np.float64))
+        )
         if values.ndim != 2 or values.shape[1] != target.dim:
             raise InputError(f"samples must have shape (B, {target.dim}), not {tuple(values.shape)}")
         if not bool(torch.isfinite(values).all()):
@@ -140,6 +143,15 @@ class Solution:
             if self._certificate is not None:
                 run.save_json("certificate.json", self._certificate.to_dict() | {"step": self._progress.state.step})
         return run.path
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM during a solve; ``solution`` holds all that had been computed."""
+
+    def __init__(self, message: str, solution: Solution, signal: int) -> None:
+        super().__init__(message)
+        self.solution = solution
+        self.signal = signal
 
 
 def describe(

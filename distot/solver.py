@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -73,7 +74,8 @@ def restore(arrays: dict[str, NDArray[Any]], scalars: dict[str, Any], device: to
 def begin(problem: Problem, assigner: Assigner, options: Options, watch: Watch) -> Progress:
     """Gaussian start, tree, reverse raise. Stopped early, it returns what is known by then, with the reason."""
     n, device = problem.target.n, problem.target.atoms.device
-    heights, samples, reason, nodes = start.gaussian_heights(problem), 0, None, ()
+    heights, samples, reason = start.gaussian_heights(problem), 0, None
+    nodes: tuple[Tensor, ...] = ()
     raise_samples = start.SAMPLES_PER_ATOM * n
     if options.max_samples is not None:
         raise_samples = min(raise_samples, options.max_samples // 4)
@@ -108,18 +110,15 @@ def iterate(problem: Problem, assigner: Assigner, options: Options, watch: Watch
         while True:
             state = progress.state
             reserve = certificate_seconds(options, n, watch.seconds_per_sample)
-            if state.samples >= progress.next_check:
-                size = rule.size(state.samples, progress.history)
-                if state.samples + size > limit:
-                    return replace(progress, reason="max_samples")
+            size = rule.size(state.samples, progress.history)
+            if progress.next_check <= state.samples <= limit - size:
                 with watch.timed(size):
-                    progress = look(problem, assigner, rule, progress, size, lambda: watch.poll(reserve))
-                check = progress.history[-1]
-                watch.tell("check", **check.to_dict())
-                if options.until_chi2 is not None and check.upper <= options.until_chi2:
+                    progress = look(problem, assigner, rule, progress, size, partial(watch.poll, reserve))
+                watch.tell("check", **progress.history[-1].to_dict())
+                if rule.done(progress.history):
                     return replace(progress, reason="until_chi2")
                 continue
-            size = schedule.batch(n)
+            size = schedule.batch(n, state.samples)
             if state.samples + size > limit:
                 return replace(progress, reason="max_samples")
             tally: Tally | None = None
@@ -153,9 +152,8 @@ def look(
     state, history = progress.state, progress.history
     counts = cell_counts(problem, assigner, state.average, size, Stream.CHECK, len(history), poll)
     found = chi2(counts, problem.target.mass)
+    history += (rule.judge(found, state.samples, size, state.step, history),)
     state = replace(state, samples=state.samples + size)
-    upper = rule.limit(found, history)
-    history += (Check(state.samples, size, state.step, found.value, found.error, upper),)
     return replace(progress, state=state, history=history, next_check=rule.next(history))
 
 

@@ -219,8 +219,8 @@ class Samples(Source):
         bad = ~np.isfinite(r).all(axis=1)
         if bad.any():
             raise InputError(
-                f"the array source has {int(bad.sum()):,} rows with NaN or Inf, the first is row {int(bad.argmax()):,}; "
-                "remove or mend them"
+                f"the array source has {int(bad.sum()):,} rows with NaN or Inf, the first is row "
+                f"{int(bad.argmax()):,}; remove or mend them"
             )
         super().__init__(int(r.shape[1]))
         self.rows = r
@@ -284,8 +284,12 @@ def as_source(source: object, dim: int) -> Source:
 
     Raises InputError for an unknown name or a dimension other than ``dim``.
     """
-    named = {"gaussian": lambda: Gaussian(dim=dim), "cube": lambda: Cube(dim)}
-    named |= {"ball": lambda: Ball(dim), "sphere": lambda: Sphere(dim)}
+    named: dict[str, Callable[[], Source]] = {
+        "gaussian": lambda: Gaussian(dim=dim),
+        "cube": lambda: Cube(dim),
+        "ball": lambda: Ball(dim),
+        "sphere": lambda: Sphere(dim),
+    }
     if isinstance(source, str):
         if source not in named:
             raise InputError(f"unknown source {source!r}; choose one of {', '.join(named)}, an array or a callable")

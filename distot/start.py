@@ -47,8 +47,9 @@ def reverse_raise(
 ) -> tuple[Array, int]:
     """Lifts hungry atoms to the height at which each, the others held still, catches its mass; math (13).
 
-    Hungry is an atom that wins at most half of the q_i = nu_i M samples it should. Heights only rise. Returns heights
-    and the work in samples: M for the search, and M times the share of hungry atoms for the search with swapped roles.
+    Hungry is an atom that wins at most half of the q_i = nu_i M samples it should, q_i rounded and not 0. An atom that
+    should win more than MOST_WANTED is raised to that many only. Heights only rise. Returns heights and the work in
+    samples: M for the search, and M times the share of hungry atoms for the search with swapped roles.
     ``poll`` is called between blocks and may raise to stop.
     """
     target, device = problem.target, problem.target.atoms.device
@@ -64,8 +65,9 @@ def reverse_raise(
         hits += torch.bincount(near.index[:, 0], minlength=target.n)
         done += size
 
-    wanted = np.clip(np.rint(target.mass * samples), 1, min(MOST_WANTED, samples)).astype(np.int64)
-    hungry = np.flatnonzero(hits.cpu().numpy() <= 0.5 * wanted)
+    expected = np.rint(target.mass * samples)
+    wanted = np.clip(expected, 1, min(MOST_WANTED, samples)).astype(np.int64)
+    hungry = np.flatnonzero((hits.cpu().numpy() <= 0.5 * expected) & (expected > 0))
     raised = heights.copy()
     per_chunk = max(1, CHUNK_BYTES // (4 * target.dim * keys[0][1]))
     for group in (hungry[wanted[hungry] <= 2], hungry[wanted[hungry] > 2]):

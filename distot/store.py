@@ -15,9 +15,10 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import EllipsisType
 from typing import Any
 
 import numpy as np
@@ -57,6 +58,8 @@ def explained(doing: str, path: Path) -> Iterator[None]:
             errno.EPERM: "permission denied; choose a folder you may write to",
             errno.EROFS: "the file system is read-only; choose another folder",
             errno.ENOTDIR: "a part of that path is a file, not a folder; choose another path",
+            errno.EEXIST: "a part of that path is a file, not a folder; choose another path",
+            errno.ENOTEMPTY: "another process has made it in the meantime; choose another name",
             errno.ENOENT: "no such file or folder; check the path",
         }.get(error.errno or 0, str(error))
         raise StoreError(f"cannot {doing} {path}: {remedy}") from error
@@ -131,7 +134,9 @@ def need_space(path: Path, wanted: int) -> None:
 class Latents:
     """Rows of a latents store or of any 2-D zarr array, read by range; satisfies ``target.Rows``."""
 
-    def __init__(self, path: Path, array: zarr.Array[Any], mass: NDArray[Any] | None, attributes: dict[str, Any]) -> None:
+    def __init__(
+        self, path: Path, array: zarr.Array[Any], mass: NDArray[Any] | None, attributes: dict[str, Any]
+    ) -> None:
         self.path, self.array, self.mass, self.attributes = path, array, mass, attributes
         self.bfloat16 = attributes.get("dtype") == "bfloat16"
         self.shape: tuple[int, ...] = array.shape
@@ -144,7 +149,8 @@ class Latents:
     def take(self, index: NDArray[np.int64]) -> NDArray[Any]:
         """The rows of ``index`` (any number,), in that order."""
         distinct, inverse = np.unique(index, return_inverse=True)
-        values = np.asarray(self.array.get_orthogonal_selection((distinct, slice(None))))
+        with _readable(self.array, self.path):
+            values = np.asarray(self.array.get_orthogonal_selection((distinct, slice(None))))
         return (_from_bfloat16(values) if self.bfloat16 else values)[inverse]
 
     @property
@@ -164,11 +170,14 @@ def open_latents(path: str | Path, array: str | None = None) -> Latents:
     attributes = dict(node.attrs)
     if attributes.get("format") == RUN:
         raise InputError(f"{path} is a run, not latents; give the latents it was solved for")
-    arrays = dict(node.arrays())
-    if attributes.get("format") == LATENTS:
-        found, mass = arrays["z"], arrays.get("mass")
+    ours = attributes.get("format") == LATENTS
+    with _meaningful(path):
+        arrays = dict(node.arrays())  # those that zarr recognises
+        if ours:
+            found, mass = arrays["z"], arrays["mass"] if (path / "mass").exists() else None
+    if ours:
         _complete(path, found)
-        weights = None if mass is None else _read(mass, slice(None), path)
+        weights = None if mass is None else _read(mass, ..., path)
         return Latents(path, found, weights, attributes)
     names = [array] if array else [name for name, a in arrays.items() if a.ndim == 2]
     if len(names) != 1 or names[0] not in arrays:
@@ -227,7 +236,9 @@ class LatentsWriter:
         if self.filled:
             self._flush()
         if self.written != self.shape[0]:
-            raise StoreError(f"{self.written:,} rows came where {self.shape[0]:,} were announced; the source was cut short")
+            raise StoreError(
+                f"{self.written:,} rows came where {self.shape[0]:,} were announced; the source was cut short"
+            )
         self.group.attrs.update(
             format=LATENTS, version=VERSION, dtype=self.dtype, fingerprint=self.fingerprint.hexdigest(), origin=origin
         )
@@ -283,10 +294,10 @@ class Run:
             what = "is not a run folder (it has no config.json)" if self.path.exists() else "does not exist"
             raise StoreError(f"{self.path} {what}; start one with: distot solve LATENTS.zarr {self.path}")
         with explained("read", file):
-            text = file.read_text()
+            text = file.read_bytes()
         try:
             self.config: dict[str, Any] = json.loads(text)
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise StoreError(f"{file} is damaged ({error}); this run cannot be continued, start a new one") from error
 
     @classmethod
@@ -310,9 +321,7 @@ class Run:
 
     def array(self, name: str) -> NDArray[Any]:
         """An array stored with the configuration. Raises StoreError if it is missing or damaged."""
-        node = _open(self.path / name)
-        assert isinstance(node, zarr.Array)
-        return _read(node, slice(None), self.path / name)
+        return _load(self.path / name)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -323,8 +332,11 @@ class Run:
             with explained("lock", self.path):
                 lock.acquire(timeout=0)
         except Timeout:
-            who = owner.read_text().strip() if owner.exists() else "unknown"
-            raise StoreError(f"another process is writing to {self.path} ({who}); wait for it or stop it") from None
+            who = self.load_json("owner.json") or {"pid": "unknown", "host": "unknown", "since": "just now"}
+            raise StoreError(
+                f"{self.path} is being written by process {who['pid']} on host {who['host']} since {who['since']}; "
+                "wait for it or stop it"
+            ) from None
         try:
             me = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
             with explained("write", owner):
@@ -332,21 +344,27 @@ class Run:
             for debris in (self.path / "checkpoints").iterdir():
                 if not (debris / "MANIFEST.json").exists():
                     shutil.rmtree(debris, ignore_errors=True)
+            for partial in self.path.glob(".*.partial"):
+                partial.unlink()
             yield
         finally:
             owner.unlink(missing_ok=True)
             lock.release()
 
     def log(self, record: dict[str, Any]) -> None:
-        """Appends one line to log.jsonl."""
-        with explained("write", self.path / "log.jsonl"), (self.path / "log.jsonl").open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        """Appends one line to log.jsonl, in place of a last one that a crash or a full disk has cut off."""
+        file = self.path / "log.jsonl"
+        with explained("write", file), file.open("a+b") as stream:
+            size = stream.tell()
+            if size and os.pread(stream.fileno(), 1, size - 1) != b"\n":
+                stream.truncate(file.read_bytes().rfind(b"\n") + 1)
+            stream.write(json.dumps(record).encode() + b"\n")
 
     def records(self) -> list[dict[str, Any]]:
         """The log; a last line cut off by a crash is left out."""
         file = self.path / "log.jsonl"
         lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("}\n")]
+        return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def save_json(self, name: str, value: dict[str, Any]) -> None:
         with explained("write", self.path / name):
@@ -354,10 +372,12 @@ class Run:
 
     def load_json(self, name: str) -> dict[str, Any] | None:
         file = self.path / name
-        if not file.exists():
-            return None
-        with explained("read", file):
-            value: dict[str, Any] = json.loads(file.read_text())
+        try:
+            with explained("read", file):
+                text = file.read_bytes() if file.exists() else b"null"
+            value: dict[str, Any] | None = json.loads(text)
+        except ValueError as error:
+            raise StoreError(f"{file} is damaged ({error}); delete it, distot certify makes it anew") from error
         return value
 
     def save_checkpoint(self, step: int, arrays: Arrays, scalars: dict[str, Any]) -> str:
@@ -372,21 +392,27 @@ class Run:
                 files = {str(f.relative_to(folder)): _describe(f) for f in sorted(folder.rglob("*")) if f.is_file()}
                 flush_tree(folder)
                 flush(folder.parent)
-                manifest = {"format": "distot-checkpoint", "version": VERSION, "written": time.time(), "files": files}
-                write_atomically(folder / "MANIFEST.json", json.dumps(manifest | {"scalars": scalars}, indent=1))
+                manifest = {"format": "distot-checkpoint", "version": VERSION, "written": time.time()}
+                manifest |= {"arrays": sorted(arrays), "files": files, "scalars": scalars}
+                manifest |= {"sha256": _digest(manifest)}
+                write_atomically(folder / "MANIFEST.json", json.dumps(manifest, indent=1))
                 write_atomically(self.path / "LATEST", name + "\n")
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
         for old in self._committed()[KEEP:]:
-            (old / "MANIFEST.json").unlink()
-            shutil.rmtree(old, ignore_errors=True)
+            with suppress(OSError):  # what cannot be deleted does no harm
+                (old / "MANIFEST.json").unlink()
+                shutil.rmtree(old)
         return name
 
     def _committed(self) -> list[Path]:
         """Folders of committed checkpoints, newest first."""
-        found = [m.parent for m in (self.path / "checkpoints").glob("step-*/MANIFEST.json")]
-        return sorted(found, key=lambda f: (f.name[:14], (f / "MANIFEST.json").stat().st_mtime_ns), reverse=True)
+        found = []
+        for manifest in (self.path / "checkpoints").glob("step-*/MANIFEST.json"):
+            with suppress(FileNotFoundError):  # a writer drops old ones while we look
+                found.append((manifest.parent.name[:14], manifest.stat().st_mtime_ns, manifest.parent))
+        return [folder for *_, folder in sorted(found, reverse=True)]
 
     def load_checkpoint(self) -> Checkpoint | None:
         """The newest checkpoint that verifies, with remarks on those that did not; None if none was committed.
@@ -398,6 +424,8 @@ class Run:
             try:
                 arrays, scalars = _verified(folder)
             except StoreError as error:
+                if not (folder / "MANIFEST.json").exists():
+                    return self.load_checkpoint()  # a writer has dropped it, after it had committed newer ones
                 remarks.append(str(error))
                 continue
             if remarks:
@@ -420,19 +448,25 @@ def copy_latents(rows: Any, mass: NDArray[Any] | None, path: Path, origin: str) 
 
 def _verified(folder: Path) -> tuple[Arrays, dict[str, Any]]:
     """Arrays and scalars of a checkpoint whose every file has the size and hash of the manifest."""
+    file = folder / "MANIFEST.json"
     try:
-        manifest = json.loads((folder / "MANIFEST.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise StoreError(f"the manifest of checkpoint {folder.name} cannot be read ({error})") from error
+        manifest = json.loads(file.read_bytes())
+        sound = manifest.pop("sha256") == _digest(manifest)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        sound = False
+    if not sound:
+        raise StoreError(f"checkpoint {folder.name} is damaged: {file} fails its checksum")
     for name, expected in manifest["files"].items():
         file = folder / name
         if not file.exists():
             raise StoreError(f"checkpoint {folder.name} has lost the file {file}")
         if _describe(file) != expected:
             raise StoreError(f"checkpoint {folder.name} is damaged: {file} fails its checksum")
-    group = _open(folder)
-    assert isinstance(group, zarr.Group)
-    return {n: _read(a, slice(None), folder / n) for n, a in group.arrays()}, manifest["scalars"]
+    return {name: _load(folder / name) for name in manifest["arrays"]}, manifest["scalars"]
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _describe(file: Path) -> dict[str, Any]:
@@ -454,19 +488,46 @@ def _vector(group: zarr.Group, name: str, values: NDArray[Any]) -> None:
 
 def _open(path: Path) -> zarr.Array[Any] | zarr.Group:
     try:
-        return zarr.open(str(path), mode="r")
+        with _meaningful(path):
+            return zarr.open(str(path), mode="r")
     except FileNotFoundError:
         what = "is not a zarr store" if path.exists() else "does not exist"
-        raise StoreError(f"{path} {what}; make one with: distot ingest DATA.npy {path}") from None
-    except (ValueError, KeyError) as error:
-        raise StoreError(f"{path} cannot be read as zarr: {error}") from error
+        data, store = (path, path.with_suffix(".zarr")) if path.is_file() else ("DATA.npy", path)
+        raise StoreError(f"{path} {what}; make one with: distot ingest {data} {store}") from None
 
 
-def _read(array: zarr.Array[Any], rows: slice, path: Path) -> NDArray[Any]:
+@contextmanager
+def _meaningful(path: Path) -> Iterator[None]:
+    """Turns what zarr says of damaged metadata into one sentence."""
     try:
+        yield
+    except FileNotFoundError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise StoreError(
+            f"a zarr.json in {path} is damaged ({type(error).__name__}: {error}); restore it, or make {path} anew"
+        ) from error
+
+
+def _read(array: zarr.Array[Any], rows: slice | EllipsisType, path: Path) -> NDArray[Any]:
+    with _readable(array, path):
         return np.asarray(array[rows])
-    except (ValueError, OSError) as error:
+
+
+@contextmanager
+def _readable(array: zarr.Array[Any], path: Path) -> Iterator[None]:
+    """Turns what zarr says of damaged chunks into one sentence that names the file."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, OSError) as error:
         raise StoreError(f"{_culprit(array, path)}: {error}; restore this file from a copy, or make it anew") from error
+
+
+def _load(path: Path) -> NDArray[Any]:
+    node = _open(path)
+    if not isinstance(node, zarr.Array):
+        raise StoreError(f"{path} is not a zarr array; this folder was not written by distot")
+    return _read(node, ..., path)
 
 
 def _pieces(array: zarr.Array[Any], path: Path) -> Iterator[tuple[slice, Path]]:
@@ -482,12 +543,12 @@ def _culprit(array: zarr.Array[Any], path: Path) -> str:
     for rows, file in _pieces(array, path):
         try:
             array[rows]
-        except (ValueError, OSError):
+        except (ValueError, LookupError, TypeError, OSError):
             return f"{file} is damaged or cut short"
     return f"{path} cannot be read"
 
 
 def _complete(path: Path, array: zarr.Array[Any]) -> None:
     for _, file in _pieces(array, path):
-        if not file.exists():
-            raise StoreError(f"{file} is missing; restore this file from a copy, or ingest the latents again")
+        if not file.exists() or not file.stat().st_size:
+            raise StoreError(f"{file} is missing or empty; restore this file from a copy, or ingest the latents again")

@@ -44,8 +44,9 @@ class Fingerprint:
         self.block, self.filled = hashlib.sha256(), 0
 
     def hexdigest(self) -> str:
-        self._close()
-        return self.total.hexdigest()
+        total = self.total.copy()
+        total.update(self.block.digest())
+        return total.hexdigest()
 
 
 class Rows(Protocol):
@@ -167,7 +168,7 @@ def build_target(rows: Rows, mass: NDArray[Any] | None, source_moments: tuple[Ar
     if merged:
         notes.append(f"{merged:,} latents repeat another one; each group is one atom with the sum of its masses")
     if len(original) < total:
-        nu = np.bincount(atom_of[atom_of >= 0], weights=nu[atom_of >= 0], minlength=len(original))
+        nu = np.zeros(len(original)) + np.bincount(atom_of[atom_of >= 0], weights=nu[atom_of >= 0])
         atoms, tilt = atoms[original], tilt[original]
     return Target(torch.from_numpy(atoms), nu, tilt, original, atom_of, fingerprint, tuple(notes)), frame
 
@@ -206,7 +207,7 @@ def _distinct(atoms: NDArray[np.float32], kept: NDArray[np.int64]) -> tuple[NDAr
     Rows are hashed to 64 bits by a random odd-multiplier sum; only rows whose hash repeats are compared.
     """
     atoms += np.float32(0)  # -0.0 becomes 0.0, which is the same point
-    words = atoms.view(np.uint32)
+    words: NDArray[np.uint32] = atoms.view(np.uint32)
     odd = np.random.default_rng(0).integers(0, 2**63, words.shape[1], dtype=np.uint64) * np.uint64(2) + np.uint64(1)
     code = np.empty(len(kept), dtype=np.uint64)
     for block in blocks(len(kept)):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from distot.errors import StoreError
+from distot.errors import DistotWarning, StoreError
 from distot.store import Run
 
 Event = dict[str, Any]
@@ -45,6 +46,7 @@ class Watch:
         self.signal: int | None = None
         self.seconds_per_sample = 0.0  # of the search, averaged over the last steps; 0 before the first
         self._saved = self._logged = self.began
+        self._log_fails = False
 
     @property
     def seconds(self) -> float:
@@ -73,7 +75,18 @@ class Watch:
         now = time.monotonic()
         if self.run is not None and (event != "step" or now - self._logged >= LOG_SECONDS):
             self._logged = now
-            self.run.log(record)
+            try:
+                self.run.log(record)
+                self._log_fails = False
+            except StoreError as error:
+                if not self._log_fails:
+                    self._log_fails = True
+                    self.warn(f"{error}; the run goes on without its log")
+
+    def warn(self, text: str) -> None:
+        """Says that something failed which the run can do without."""
+        warnings.warn(text, DistotWarning, stacklevel=2)
+        self.tell("warning", text=text)
 
     def due(self) -> bool:
         """Whether a checkpoint is due."""
@@ -89,8 +102,7 @@ class Watch:
         except StoreError as error:
             if must:
                 raise
-            if self.listen is not None:
-                self.listen({"event": "warning", "text": f"{error}; the run goes on and will try again"})
+            self.warn(f"{error}; the run goes on and will try again")
         else:
             self.tell("checkpoint", name=name, step=step, took=round(time.monotonic() - began, 4))
         self._saved = time.monotonic()

@@ -5,7 +5,8 @@ Legend: B samples, n atoms, d dimension, k winners. Everything is in the frame, 
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
@@ -14,7 +15,8 @@ from distot.errors import InputError
 NAMES = ("auto", "dense", "faiss")
 
 
-class Winners(NamedTuple):
+@dataclass(frozen=True)
+class Winners:
     """The k best atoms of each sample, best first; equal scores in the order of their indices."""
 
     index: Tensor  # (B, k) int64

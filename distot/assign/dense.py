@@ -32,9 +32,10 @@ class Dense:
         parts = [self._rows(x[a : a + self.rows], h, k) for a in range(0, len(x), self.rows)]
         if not parts:
             return Winners(torch.empty(0, k, dtype=torch.int64), torch.empty(0, k))
-        return Winners(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+        index, score = (torch.cat(columns) for columns in zip(*parts, strict=True))
+        return Winners(index, score)
 
-    def _rows(self, x: Tensor, h: Tensor, k: int) -> Winners:
+    def _rows(self, x: Tensor, h: Tensor, k: int) -> tuple[Tensor, Tensor]:
         n, b = len(self.atoms), len(x)
         tile = torch.empty(b, min(self.width, -(-n // GROUP) * GROUP), device=x.device)
         score = torch.empty(b, 0, device=x.device)
@@ -49,8 +50,8 @@ class Dense:
             score, group = _best(torch.cat([score, best], 1), torch.cat([group, index], 1), k)
         return self._rescore(x, h, group.sort(dim=1).values, k)
 
-    def _rescore(self, x: Tensor, h: Tensor, group: Tensor, k: int) -> Winners:
-        """The k best among the atoms of the chosen groups (B, k), groups in ascending order."""
+    def _rescore(self, x: Tensor, h: Tensor, group: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Index and score (B, k) of the k best among the atoms of the groups (B, k), which are in ascending order."""
         n, d = self.atoms.shape
         member = torch.arange(GROUP, device=x.device)
         step = max(1, RESCORE_BYTES // (4 * d * GROUP * group.shape[1]))
@@ -61,7 +62,7 @@ class Dense:
             score = torch.bmm(self.atoms[inside], x[a : a + step, :, None]).squeeze(2) + h[inside]
             parts.append(_best(score.masked_fill_(index >= n, -torch.inf), index, k))
         score, index = (torch.cat(columns) for columns in zip(*parts, strict=True))
-        return Winners(index, score)
+        return index, score
 
 
 def _best(score: Tensor, index: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,8 @@ try:
     import faiss
 except ImportError as error:
     raise InputError(
-        "the faiss assigner needs FAISS: pip install 'distot[cpu]' (or 'distot[gpu]', never both); or use assigner='dense'"
+        "FAISS is not installed, and distot clusters the latents with it: pip install 'distot[cpu]' "
+        "(or 'distot[gpu]' on a machine with an NVIDIA GPU; never both)"
     ) from error
 
 
@@ -36,7 +37,8 @@ class Faiss:
         score, index = (torch.from_numpy(a) for a in self.index.search(query, min(k + 1, n)))
         # FAISS keeps the first-come of equal scores but evicts in no promised order, so a group of equals that
         # begins behind the best and is cut at k may hold the wrong ones: such samples are searched again.
-        order = index.argsort(dim=1).gather(1, score.gather(1, index.argsort(dim=1)).argsort(1, True, stable=True))
+        by_index = index.argsort(dim=1)
+        order = by_index.gather(1, score.gather(1, by_index).argsort(dim=1, descending=True, stable=True))
         score, index = score.gather(1, order), index.gather(1, order)
         if k < n:
             cut = (score[:, k - 1] == score[:, k]).nonzero()[:, 0]

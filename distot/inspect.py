@@ -1,0 +1,73 @@
+"""What a latents store or a run folder holds, read from its metadata alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from distot.store import Run, open_latents
+
+
+def describe(path: str | Path) -> dict[str, Any]:
+    """Facts about a store, in reading order. Raises StoreError if there is none."""
+    path = Path(path)
+    return _run(path) if (path / "config.json").is_file() else _latents(path)
+
+
+def _latents(path: Path) -> dict[str, Any]:
+    latents = open_latents(path)
+    shape = list(latents.shape)
+    return {
+        "kind": "latents",
+        "path": str(path),
+        "shape": shape,
+        "dtype": latents.attributes.get("dtype", str(latents.dtype)),
+        "mass": "given" if latents.mass is not None else "uniform",
+        "chunks": list(latents.array.chunks),
+        "shards": list(latents.array.shards) if latents.array.shards else None,
+        "fingerprint": latents.fingerprint,
+        "origin": latents.attributes.get("origin"),
+        "next": f"distot solve {path} run.zarr",
+    }
+
+
+def _run(path: Path) -> dict[str, Any]:
+    run = Run(path)
+    options = run.config["options"]
+    facts: dict[str, Any] = {
+        "kind": "run",
+        "path": str(path),
+        "latents": str(run.config["latents"]),
+        "shape": run.config["shape"],
+        "source": run.config["source"]["kind"],
+        "goal_chi2": options["until_chi2"],
+        "max_samples": options["max_samples"],
+        "max_seconds": options["max_seconds"],
+        "seed": options["seed"],
+        "created": run.config["created"],
+    }
+    checkpoint = run.load_checkpoint()
+    if checkpoint is None:
+        return facts | {"state": "no checkpoint yet", "next": f"distot resume {path}"}
+    scalars = checkpoint.scalars
+    facts |= {
+        "state": scalars["reason"] or "unfinished",
+        "checkpoint": checkpoint.name,
+        "step": scalars["step"],
+        "samples": scalars["samples"],
+    }
+    if checkpoint.remarks:
+        facts["damage"] = "; ".join(checkpoint.remarks)
+    if scalars["history"]:
+        last = scalars["history"][-1]
+        facts["last_look"] = f"chi2 {last['chi2']:.4f} ± {last['error']:.4f} at {last['samples']:,} samples"
+    certificate = run.load_json("certificate.json")
+    if certificate is not None and certificate["step"] == scalars["step"]:
+        facts["certificate"] = f"chi2 {certificate['chi2']:.4f} ± {certificate['chi2_error']:.4f}"
+        facts["w2_squared_bound"] = (
+            f"{certificate['w2_squared_bound']:.6g} ± {certificate['w2_squared_bound_error']:.2g}"
+        )
+        facts["next"] = f"distot.load({str(path)!r})"
+    else:
+        facts["next"] = f"distot resume {path}"
+    return facts

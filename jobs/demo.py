@@ -1,0 +1,78 @@
+"""From photographs to a certified transport map, in the commands that a user would type. Run by ``make demo``.
+
+python -m jobs.demo [FOLDER]
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich.console import Console
+
+import distot
+from distot.cli import main as command
+from jobs.patches import patches
+
+console = Console(highlight=False)
+
+
+def say(text: str) -> None:
+    console.print(text, soft_wrap=True)
+
+
+def run(*words: str) -> None:
+    """Shows a command and runs it as the shell would; leaves with its exit code if that is not 0."""
+    say(f"\n[bold cyan]$ distot {shlex.join(words)}[/]")
+    try:
+        command(list(words))
+    except SystemExit as end:
+        if end.code:
+            raise
+
+
+def main(folder: Annotated[Path, typer.Argument(help="Where to put the results.")] = Path("demo")) -> None:
+    """Solve the optimal transport from Gaussian noise to 20,000 image patches."""
+    began = time.monotonic()
+    latents, result = folder / "latents.zarr", folder / "run.zarr"
+    if result.exists():
+        say(f"{result} is there already. It can be continued, or looked at; to begin anew delete {folder}/.")
+        run("inspect", str(result))
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    if not latents.exists():
+        say("20,000 patches of 8 x 8 x 3 from two photographs, by PCA latents of dimension 32 (see jobs/patches.py).")
+        np.save(folder / "patches.npy", patches(20_000, 32))
+        run("ingest", str(folder / "patches.npy"), str(latents))
+    say(
+        "\nNow the transport: split Gaussian noise into 20,000 cells, one for each patch, all equally likely,\n"
+        "at the least mean squared distance. Ctrl-C stops it and loses nothing; it then prints how to go on."
+    )
+    run("solve", str(latents), str(result), "--until-chi2", "0.05")
+
+    solution = distot.load(result)
+    noise = np.random.default_rng(1).standard_normal((5, 32))
+    say("\nWhat it is for: each noise vector has its own patch, and close ones have close ones.")
+    for x, i in zip(noise, solution.assign(noise), strict=True):
+        say(f"  noise ({x[0]:+.2f}, {x[1]:+.2f}, ...) -> latent {i}")
+    say(f"\nDone in {time.monotonic() - began:.0f} s. Next:")
+    for line in (
+        f"distot inspect {result}                        what the run folder holds",
+        f"distot certify {result} --seed-step 1          measure it again with other samples",
+        f"distot resume {result} --until-chi2 0.02       go on to a finer answer",
+        f"distot solve {latents} {folder}/ball.zarr --source ball --radius 5",
+        f"python -c \"import distot; print(distot.load('{result}').heights)\"",
+    ):
+        say(f"  {line}")
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
+    app.command()(main)
+    app()
