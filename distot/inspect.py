@@ -69,5 +69,5 @@ def _run(path: Path) -> dict[str, Any]:
         )
         facts["next"] = f"distot.load({str(path)!r})"
     else:
-        facts["next"] = f"distot resume {path}"
+        facts["next"] = f"distot {'certify' if scalars['reason'] == 'until_chi2' else 'resume'} {path}"
     return facts

@@ -16,9 +16,10 @@ from distot.tree import Level
 
 RATE, NODE_RATE = 0.5, 0.35  # share of the margin that an atom, a node moves for an excess of one whole mass
 DECAY = 0.5  # steps shrink like (1 + t)^-DECAY
-SMOOTHING, SMOOTHING_DECAY = 0.7, 1 / 3  # temperature 0.7 tau (1 + t)^-⅓
+SMOOTHING = 0.7  # first temperature, in tau; it falls like (1 + t)^-⅓ and then, so that no bias stays, like 1 / t
+SMOOTHING_TURN = 200.0  # t of that turn
 AVERAGING = 4.0  # the average of iterates has weights ~ t³: mix 4 / (t + 4)
-MEMORY = 0.99  # margins are sums that decay by this factor a step
+MEMORY = 0.99  # margins are sums that decay by this factor in a unit of time
 PRIOR = 5.0  # wins of mean margin added to each atom's and node's own
 FULL_STEP = 0.2  # expected wins in a batch from which an atom takes the full step; below, one win would move it too far
 
@@ -32,6 +33,7 @@ class State:
     margin_sum: Tensor  # decayed sum of margins of the samples that each atom won
     margin_count: Tensor  # decayed number of those samples
     step: int = 0
+    time: float = 0.0  # t of the formulas: samples of all steps, in first batches
     samples: int = 0  # all search work so far, in plain samples
 
     @property
@@ -43,7 +45,7 @@ class State:
     @property
     def temperature(self) -> float:
         """Width of the smoothing between best and runner-up in the coming step; 0 means hard winners."""
-        return SMOOTHING * self.margin * (1 + self.step) ** -SMOOTHING_DECAY
+        return SMOOTHING * self.margin * (1 + self.time) ** (-1 / 3) * (1 + self.time / SMOOTHING_TURN) ** (-2 / 3)
 
 
 def begin(heights: Tensor, samples: int) -> State:
@@ -72,10 +74,14 @@ def count(near: Winners, temperature: float, n: int) -> Tally:
     return Tally(hits, zero.index_add(0, best, torch.ones_like(share)), zero.index_add(0, best, margin))
 
 
-def update(state: State, tally: Tally, batch: int, mass: Tensor, tree: list[Level]) -> State:
-    """One step of (14) and (16) from the tally of ``batch`` samples."""
-    margin_sum = MEMORY * state.margin_sum + tally.margins
-    margin_count = MEMORY * state.margin_count + tally.wins
+def update(state: State, tally: Tally, batch: int, first_batch: int, mass: Tensor, tree: list[Level]) -> State:
+    """One step of (14) and (16) from the tally of ``batch`` samples.
+
+    A batch of s first batches is a step of length s: late steps, which are short, may so be taken together.
+    """
+    span = batch / first_batch
+    margin_sum = MEMORY**span * state.margin_sum + tally.margins
+    margin_count = MEMORY**span * state.margin_count + tally.wins
     tau = margin_sum.sum() / margin_count.sum()
 
     def move(hits: Tensor, wanted: Tensor, sums: Tensor, counts: Tensor) -> Tensor:
@@ -87,8 +93,8 @@ def update(state: State, tally: Tally, batch: int, mass: Tensor, tree: list[Leve
     for level in tree:
         on_nodes = move(level.sum(tally.hits), level.mass, level.sum(margin_sum), level.sum(margin_count))
         step += NODE_RATE * on_nodes[level.node]
-    heights = state.heights - (1 + state.step) ** -DECAY * step
+    heights = state.heights - span * (1 + state.time) ** -DECAY * step
     heights -= mass @ heights
-    t = state.step + 1
-    average = state.average + AVERAGING / (t + AVERAGING) * (heights - state.average)
-    return State(heights, average, margin_sum, margin_count, t, state.samples + batch)
+    time = state.time + span
+    average = state.average + AVERAGING * span / (time + AVERAGING * span) * (heights - state.average)
+    return State(heights, average, margin_sum, margin_count, state.step + 1, time, state.samples + batch)

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from distot.certify import LEVEL, Estimate
+from distot.certify import LEVEL, Estimate, chi2_upper
 from distot.errors import InputError
 
-BATCH_SHARE, BATCH_LEAST = 5, 32  # a step draws n / 5 samples, at least 32 ...
-BATCH_GROWTH = 1000  # ... and at least a thousandth of all before it, so that long runs do not drown in small steps
+BATCH_SHARE, BATCH_LEAST = 5, 32  # the first steps draw n / 5 samples each, at least 32
+BATCH_GROWTH = 16  # a step t first batches into the run draws max(1, t^½ / 16) first batches
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,14 @@ class Options:
         return asdict(self)
 
 
-def batch(n: int, samples: int) -> int:
-    """Samples in the step that follows ``samples``."""
-    return max(BATCH_LEAST, n // BATCH_SHARE, samples // BATCH_GROWTH)
+def first_batch(n: int) -> int:
+    """Samples in the first steps."""
+    return max(BATCH_LEAST, n // BATCH_SHARE)
+
+
+def batch(n: int, time: float) -> int:
+    """Samples in a step that begins ``time`` first batches into the run: more as the steps get shorter."""
+    return int(first_batch(n) * max(1.0, time**0.5 / BATCH_GROWTH))
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,7 @@ class StopRule:
     def judge(self, found: Estimate, samples: int, looked: int, step: int, history: tuple[Check, ...]) -> Check:
         """The look that was due at ``samples``, with its limit."""
         close = self.close(samples, history)
-        upper = found.value + self._z(history) * found.error
+        upper = chi2_upper(found, 1 - self._spent(history))
         return Check(samples + looked, looked, step, found.value, found.error, close, upper)
 
     def done(self, history: tuple[Check, ...]) -> bool:
@@ -120,14 +125,14 @@ class StopRule:
         if not history:
             return 2.0 * self.n / self.goal
         last = history[-1]
-        room = self.goal - self._z(history) * np.sqrt(2 * self.n) / self._close()
+        room = self.goal - NormalDist().inv_cdf(1 - self._spent(history)) * np.sqrt(2 * self.n) / self._close()
         expected = max(last.chi2, self._limit(last.samples))
         return last.samples * float((expected / room) ** 0.8)
 
-    def _z(self, history: tuple[Check, ...]) -> float:
-        """Standard errors that the limit of the look after ``history`` stands above its estimate."""
+    def _spent(self, history: tuple[Check, ...]) -> float:
+        """Probability of a wrong end that the look after ``history`` may add."""
         k = 1 + sum(check.close for check in history)
-        return NormalDist().inv_cdf(1 - (1 - LEVEL) * 6 / (np.pi * k) ** 2)
+        return float((1 - LEVEL) * 6 / (np.pi * k) ** 2)
 
     def _limit(self, samples: int) -> float:
         """About the least chi2 to hope for after so many samples, math (11)."""

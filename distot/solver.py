@@ -49,6 +49,7 @@ class Progress:
         """Scalars of a checkpoint."""
         return {
             "step": self.state.step,
+            "time": self.state.time,
             "samples": self.state.samples,
             "next_check": self.next_check,
             "history": [check.to_dict() for check in self.history],
@@ -62,7 +63,7 @@ def restore(arrays: dict[str, NDArray[Any]], scalars: dict[str, Any], device: to
     vectors = {name: torch.as_tensor(arrays[name], device=device) for name in VECTORS}
     nodes = sorted((name for name in arrays if name.startswith("nodes-")), key=lambda name: int(name[6:]))
     return Progress(
-        State(**vectors, step=scalars["step"], samples=scalars["samples"]),
+        State(**vectors, step=scalars["step"], time=scalars["time"], samples=scalars["samples"]),
         tuple(torch.as_tensor(arrays[name].astype(np.int64)) for name in nodes),
         scalars["next_check"],
         tuple(Check(**check) for check in scalars["history"]),
@@ -118,7 +119,7 @@ def iterate(problem: Problem, assigner: Assigner, options: Options, watch: Watch
                 if rule.done(progress.history):
                     return replace(progress, reason="until_chi2")
                 continue
-            size = schedule.batch(n, state.samples)
+            size = schedule.batch(n, state.time)
             if state.samples + size > limit:
                 return replace(progress, reason="max_samples")
             tally: Tally | None = None
@@ -129,7 +130,7 @@ def iterate(problem: Problem, assigner: Assigner, options: Options, watch: Watch
                     counted = optim.count(near, state.temperature, n)
                     tally = counted if tally is None else tally + counted
                 assert tally is not None
-                state = optim.update(state, tally, size, mass, levels)
+                state = optim.update(state, tally, size, schedule.first_batch(n), mass, levels)
             progress = replace(progress, state=state)
             watch.tell(
                 "step",

@@ -123,7 +123,7 @@ def need_space(path: Path, wanted: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < wanted:
         raise StoreError(
-            f"{path} needs about {wanted / 2**20:,.0f} MiB and its disk has {free / 2**20:,.0f} MiB free; "
+            f"{path} needs about {wanted / 2**20:,.1f} MiB and its disk has {free / 2**20:,.1f} MiB free; "
             "free some space or choose another disk"
         )
 
@@ -176,7 +176,8 @@ def open_latents(path: str | Path, array: str | None = None) -> Latents:
         if ours:
             found, mass = arrays["z"], arrays["mass"] if (path / "mass").exists() else None
     if ours:
-        _complete(path, found)
+        for pieces in [found] if mass is None else [found, mass]:
+            _complete(path, pieces)
         weights = None if mass is None else _read(mass, ..., path)
         return Latents(path, found, weights, attributes)
     names = [array] if array else [name for name, a in arrays.items() if a.ndim == 2]
@@ -299,6 +300,10 @@ class Run:
             self.config: dict[str, Any] = json.loads(text)
         except ValueError as error:
             raise StoreError(f"{file} is damaged ({error}); this run cannot be continued, start a new one") from error
+        if self.config.get("version") != VERSION:
+            raise StoreError(
+                f"{self.path} was written by distot {self.config.get('distot')}; read it with that version"
+            )
 
     @classmethod
     def create(cls, path: str | Path, config: dict[str, Any], arrays: Arrays, latents: tuple[Any, Any] | None) -> Run:
@@ -328,15 +333,15 @@ class Run:
         """Refuses a second writer, on this machine or on a shared file system with POSIX locks."""
         owner = self.path / "owner.json"
         lock = FileLock(self.path / ".lock")
-        try:
-            with explained("lock", self.path):
+        with explained("lock", self.path):
+            try:
                 lock.acquire(timeout=0)
-        except Timeout:
-            who = self.load_json("owner.json") or {"pid": "unknown", "host": "unknown", "since": "just now"}
-            raise StoreError(
-                f"{self.path} is being written by process {who['pid']} on host {who['host']} since {who['since']}; "
-                "wait for it or stop it"
-            ) from None
+            except Timeout:
+                who = self.load_json("owner.json") or {"pid": "unknown", "host": "unknown", "since": "just now"}
+                raise StoreError(
+                    f"{self.path} is being written by process {who['pid']} on host {who['host']} since {who['since']}; "
+                    "wait for it or stop it"
+                ) from None
         try:
             me = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
             with explained("write", owner):
@@ -520,7 +525,7 @@ def _readable(array: zarr.Array[Any], path: Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, LookupError, TypeError, OSError) as error:
-        raise StoreError(f"{_culprit(array, path)}: {error}; restore this file from a copy, or make it anew") from error
+        raise StoreError(f"{_culprit(array, path, error)}; restore it from a copy, or make it anew") from error
 
 
 def _load(path: Path) -> NDArray[Any]:
@@ -538,14 +543,14 @@ def _pieces(array: zarr.Array[Any], path: Path) -> Iterator[tuple[slice, Path]]:
         yield slice(i * step, (i + 1) * step), folder.joinpath("c", str(i), *["0"] * (array.ndim - 1))
 
 
-def _culprit(array: zarr.Array[Any], path: Path) -> str:
+def _culprit(array: zarr.Array[Any], path: Path, error: Exception) -> str:
     """Names the first file of an array that cannot be read."""
     for rows, file in _pieces(array, path):
         try:
             array[rows]
         except (ValueError, LookupError, TypeError, OSError):
             return f"{file} is damaged or cut short"
-    return f"{path} cannot be read"
+    return f"{path} cannot be read ({error})"
 
 
 def _complete(path: Path, array: zarr.Array[Any]) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import select
 import signal
 import subprocess
@@ -122,18 +121,18 @@ class Launcher:
         assert ready, "the server of processes does not answer"
         return json.loads(self.server.stdout.readline())
 
-    def start(self, function: str, *arguments: Any, file_limit: int | None = None) -> Child:
-        """Starts a function of this file; ``file_limit``: the largest file it may write, in bytes."""
+    def start(self, function: str, *arguments: Any) -> Child:
+        """Starts a function of this file."""
         folder = self.folder / f"process-{len(self.children):03d}"
         folder.mkdir(parents=True)
-        job = {"function": function, "arguments": arguments, "folder": str(folder), "file_limit": file_limit}
+        job = {"function": function, "arguments": arguments, "folder": str(folder)}
         child = Child(self, self.ask(job)["pid"], folder)
         self.children.append(child)
         return child
 
-    def command(self, *arguments: object, file_limit: int | None = None) -> Child:
+    def command(self, *arguments: object) -> Child:
         """Starts ``distot`` with these arguments."""
-        return self.start("command", [str(argument) for argument in arguments], file_limit=file_limit)
+        return self.start("command", [str(argument) for argument in arguments])
 
     def run(self, *arguments: object) -> Child:
         """Runs ``distot`` with these arguments to its end."""
@@ -183,8 +182,6 @@ def work(job: dict[str, Any]) -> None:
         descriptor = os.open(folder / name, flags, 0o644)
         os.dup2(descriptor, number)
         os.close(descriptor)
-    if job["file_limit"] is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_limit"], job["file_limit"]))
     code: Any = 0
     try:
         globals()[job["function"]](*job["arguments"])
@@ -261,9 +258,9 @@ def load(run: str) -> None:
     print(json.dumps([distot.load(run).samples for _ in range(20)]))
 
 
-def mount(folder: str, size: str) -> None:
+def mount(folder: str, options: str) -> None:
     """Makes ``folder`` a small disk, in the mount namespace of the launcher."""
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", folder], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", folder], check=True)
     print("null")
 
 

@@ -69,7 +69,9 @@ class Contract:
         self.check(self.make(atoms)(x, heights, 2), x, atoms, heights, 2)
 
     @shared
-    @given(b=st.integers(1, 80), n=st.integers(2, 300), d=st.integers(1, 3), k=st.integers(1, 6), seed=st.integers(0, 99))
+    @given(
+        b=st.integers(1, 80), n=st.integers(2, 300), d=st.integers(1, 3), k=st.integers(1, 6), seed=st.integers(0, 99)
+    )
     def test_ties_go_to_the_lowest_index(self, b: int, n: int, d: int, k: int, seed: int) -> None:
         """Small whole numbers: every score is exact, most are tied."""
         generator = torch.Generator().manual_seed(seed)
