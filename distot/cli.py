@@ -227,7 +227,7 @@ def resume(
 def certify(
     run: RunPath,
     samples: Annotated[int | None, typer.Option(parser=parse_count, metavar="COUNT", help="Fresh samples.")] = None,
-    seed_step: Annotated[int, typer.Option(help="Another number draws other, independent samples.")] = 0,
+    seed_step: Annotated[int, typer.Option(min=0, help="Another number draws other, independent samples.")] = 0,
     latents: Moved = None,
     device: Device = None,
     as_json: Json = False,

@@ -136,7 +136,7 @@ class StopRule:
 
     def _limit(self, samples: int) -> float:
         """About the least chi2 to hope for after so many samples, math (11)."""
-        return 1.2 * self.n / samples
+        return 1.2 * self.n / max(samples, 1)
 
     def _look(self, error: float) -> int:
         """Samples whose chi2 has this standard error near the solution."""

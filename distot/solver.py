@@ -77,15 +77,15 @@ def begin(problem: Problem, assigner: Assigner, options: Options, watch: Watch) 
     n, device = problem.target.n, problem.target.atoms.device
     heights, samples, reason = start.gaussian_heights(problem), 0, None
     nodes: tuple[Tensor, ...] = ()
-    raise_samples = start.SAMPLES_PER_ATOM * n
-    if options.max_samples is not None:
-        raise_samples = min(raise_samples, options.max_samples // 4)
+    spare = float("inf") if options.max_samples is None else options.max_samples // 4  # for either part of the start
+    raise_samples = int(min(start.SAMPLES_PER_ATOM * n, spare))
     reserve = RESERVE * (options.max_seconds or 0.0)
     try:
         watch.poll(reserve)
-        watch.tell("tree", levels=tree.widths(n))
-        nodes = tuple(tree.grow(problem.target.atoms, problem.seed))
-        samples += tree.work(n)
+        if tree.work(n) <= spare:
+            watch.tell("tree", levels=tree.widths(n))
+            nodes = tuple(tree.grow(problem.target.atoms, problem.seed))
+            samples += tree.work(n)
         if raise_samples:
             watch.tell("raise", samples=raise_samples)
             with watch.timed(raise_samples):

@@ -125,6 +125,8 @@ class Launcher:
         """Starts a function of this file."""
         folder = self.folder / f"process-{len(self.children):03d}"
         folder.mkdir(parents=True)
+        for name in ("stdout", "stderr"):
+            (folder / name).touch()
         job = {"function": function, "arguments": arguments, "folder": str(folder)}
         child = Child(self, self.ask(job)["pid"], folder)
         self.children.append(child)
@@ -152,6 +154,7 @@ class Launcher:
 
 def serve() -> None:
     """Answers jobs until its input ends; each is done in a forked child."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have had it ignored
     children: dict[int, int | None] = {}
     while line := sys.stdin.readline():
         job = json.loads(line)

@@ -82,7 +82,7 @@ class TestSymmetry:
         assert np.abs(flat(solve(CUBE, distot.Cube(3, -2.0, 2.0)))).max() < 0.05
 
     def test_moved_target_keeps_its_heights(self) -> None:
-        assert np.abs(flat(solve(CUBE + [100.0, -50.0, 7.0]))).max() < 0.05
+        assert np.abs(flat(solve(CUBE + np.array([100.0, -50.0, 7.0])))).max() < 0.05
 
     def test_moved_source_tilts_the_heights(self) -> None:
         """x = m + z: <x, y> + h is as for z when h = -<m, y> + constant."""

@@ -280,6 +280,7 @@ def test_all_checkpoints_damaged(launcher: Launcher, run: Path) -> None:
 
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("name", ["z/c/0/0", "mass/c/0", "z/zarr.json"])
+@pytest.mark.filterwarnings("ignore:Object at z is not recognized")
 def test_damaged_latents_name_the_file(own_latents: Path, damage: Callable[[Path], None], name: str) -> None:
     damage(own_latents / name)
     with pytest.raises(StoreError) as caught:

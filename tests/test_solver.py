@@ -1,0 +1,251 @@
+"""The loop as a whole: budgets, goals, determinism, events; and that all of it beats chance on every kind of data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+import distot
+from distot import assign, optim, start, tree
+from distot.errors import InputError, StoreError
+from distot.problem import build_problem
+from distot.schedule import Check, StopRule, batch, first_batch
+
+RNG = np.random.default_rng(0)
+CLOUD = RNG.standard_normal((300, 5)) * [3, 2, 1, 0.5, 0.1]
+
+
+def quiet(latents: Any, *args: Any, **options: Any) -> distot.Solution:
+    return distot.solve(latents, *args, **({"progress": False} | options))
+
+
+class TestGoalAndBudgets:
+    def test_goal(self) -> None:
+        solution = quiet(CLOUD, until_chi2=0.1)
+        assert solution.reason == "until_chi2"
+        assert solution.certify(400_000).chi2 < 0.1
+        assert solution.history[-1].upper <= 0.1
+        assert solution.history[-1].samples <= solution.samples
+
+    def test_samples_are_a_budget(self) -> None:
+        solution = quiet(CLOUD, until_chi2=None, max_samples=20_000)
+        assert solution.reason == "max_samples"
+        assert 20_000 - batch(300, 0) - solution.history[-1].looked < solution.samples <= 20_000
+
+    @pytest.mark.parametrize("budget", [1, 50, 700, 3000])
+    def test_small_budgets_still_give_an_answer(self, budget: int) -> None:
+        solution = quiet(CLOUD, until_chi2=None, max_samples=budget)
+        assert solution.samples <= budget
+        assert np.isfinite(solution.heights).all()
+        assert solution.certificate.chi2 < 3
+
+    def test_seconds_are_a_budget_with_the_certificate(self) -> None:
+        ticks: list[float] = []
+        solution = quiet(CLOUD, until_chi2=None, max_seconds=1.0, on_event=lambda e: ticks.append(e["seconds"]))
+        assert solution.reason == "max_seconds"
+        assert ticks[-1] < 1.5
+        assert solution.certificate.samples >= 4096
+
+    def test_goal_holds_in_repeated_runs(self) -> None:
+        """The stop rule is honest: at least 18 of 20 runs are below their goal in truth."""
+        y = RNG.standard_normal((100, 4))
+        runs = [quiet(y, until_chi2=0.05, seed=seed, certificate_samples=100_000) for seed in range(20)]
+        assert all(run.reason == "until_chi2" for run in runs)
+        assert sum(run.certificate.chi2 < 0.05 for run in runs) >= 18
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"until_chi2": -1}, "until_chi2 must be positive, or None for no limit; it is -1"),
+            ({"until_chi2": float("nan")}, "until_chi2 must be positive"),
+            ({"max_samples": 0}, "max_samples must be positive"),
+            ({"max_seconds": -3}, "max_seconds must be positive"),
+            ({"until_chi2": None}, "nothing would ever stop this run"),
+            ({"seed": -1}, "seed must be between 0"),
+            ({"device": "tpu"}, "unknown device 'tpu'; choose auto, cpu or cuda"),
+            ({"device": "mps"}, "device 'mps' is not supported"),
+            ({"assigner": "nope"}, "unknown assigner 'nope'"),
+            ({"certificate_samples": 1}, "at least 2"),
+            ({"source": RNG.standard_normal((10, 4))}, "dimension 4 and the latents have dimension 5"),
+        ],
+    )
+    def test_bad_options(self, options: dict[str, Any], message: str) -> None:
+        with pytest.raises(InputError, match=message):
+            quiet(CLOUD, **options)
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+    def test_a_gpu_that_is_not_there(self) -> None:
+        with pytest.raises(InputError, match="finds no CUDA GPU; use cpu"):
+            quiet(CLOUD, device="cuda")
+
+    def test_no_such_latents(self, tmp_path: Any) -> None:
+        with pytest.raises(StoreError, match="does not exist; make one with: distot ingest"):
+            quiet(str(tmp_path / "none.zarr"))
+
+
+class TestDeterminism:
+    def test_same_seed_same_bits(self) -> None:
+        one, same = (quiet(CLOUD, until_chi2=None, max_samples=15_000, seed=3) for _ in range(2))
+        assert np.array_equal(one.heights, same.heights)
+        assert one.history == same.history
+        assert one.certificate == same.certificate
+
+    def test_other_seed_other_bits(self) -> None:
+        one, other = (quiet(CLOUD, until_chi2=None, max_samples=15_000, seed=s) for s in (3, 4))
+        assert not np.array_equal(one.heights, other.heights)
+        assert np.corrcoef(one.heights, other.heights)[0, 1] > 0.99
+
+    def test_assigners_agree_to_rounding(self) -> None:
+        dense, faiss = (quiet(CLOUD, until_chi2=None, max_samples=15_000, assigner=a) for a in ("dense", "faiss"))
+        assert np.allclose(dense.heights, faiss.heights, atol=1e-3)
+
+    def test_callable_source(self) -> None:
+        def source(generator: np.random.Generator, n: int) -> NDArray[np.float64]:
+            return generator.laplace(size=(n, 5))
+
+        solution = quiet(CLOUD, source, until_chi2=0.2)
+        x = np.random.default_rng(1).laplace(size=(30_000, 5))
+        counts = np.bincount(solution.assign(x), minlength=300)
+        assert ((counts / 100 - 1) ** 2).mean() < 0.2 + 0.01 + 0.05
+
+
+def clusters(n: int) -> NDArray[np.float64]:
+    centres, sizes = 3 * RNG.standard_normal((12, 20)), np.exp(RNG.normal(-1, 0.7, 12))
+    label = RNG.choice(12, n, p=RNG.dirichlet(np.full(12, 0.5)))
+    return centres[label] + sizes[label, None] * RNG.standard_normal((n, 20))
+
+
+def far_atom(n: int) -> NDArray[np.float64]:
+    return np.concatenate([RNG.standard_normal((n - 1, 6)), np.full((1, 6), 300.0)])
+
+
+CLOUDS = {
+    "normal": RNG.standard_normal((1000, 10)),
+    "heavy tails": RNG.standard_t(2.5, (1000, 10)),
+    "clusters": clusters(1000),
+    "far atom": far_atom(1000),
+    "plane in space": RNG.standard_normal((1000, 2)) @ RNG.standard_normal((2, 30)),
+    "whole numbers": RNG.integers(0, 17, (1000, 12)).astype(np.float64),
+    "more dimensions than latents": RNG.standard_normal((200, 300)),
+}
+
+
+class TestAnyData:
+    @pytest.mark.parametrize("kind", CLOUDS)
+    @pytest.mark.parametrize("source", ["gaussian", "cube", "ball", "sphere"])
+    def test_ends_far_below_where_it_began(self, kind: str, source: str) -> None:
+        """At 50 samples per atom chi2 is small for every kind of data and source, with the defaults."""
+        y = CLOUDS[kind]
+        solution = quiet(y, source, until_chi2=None, max_samples=50 * len(y))
+        assert solution.certificate.chi2 < (0.25 if kind == "plane in space" else 0.1)
+
+    def test_uneven_masses(self) -> None:
+        mass = np.arange(1, 501) ** -1.0
+        y = RNG.standard_normal((500, 8))
+        with pytest.warns(distot.DistotWarning, match="masses sum to"):
+            solution = quiet(y, mass=mass, until_chi2=None, max_samples=100_000)
+        assert solution.certificate.chi2 < 0.05
+        counts = np.bincount(solution.assign(np.random.default_rng(2).standard_normal((200_000, 8))), minlength=500)
+        heavy = mass / mass.sum() > 0.01
+        assert np.allclose(counts[heavy] / 200_000, mass[heavy] / mass.sum(), rtol=0.1)
+
+
+class TestParts:
+    def test_events_tell_the_story(self) -> None:
+        events: list[dict[str, Any]] = []
+        quiet(CLOUD, until_chi2=0.2, on_event=events.append)
+        names = [e["event"] for e in events]
+        assert names[:3] == ["begin", "tree", "raise"]
+        assert names[-3:] == ["stop", "certify", "certificate"]
+        assert {"step", "check"} <= set(names)
+
+    def test_gaussian_start_is_exact_for_quadratic_potentials(self) -> None:
+        """For source N(0, I) and target moments (m, S) the start is -½ (y - m)^T S^-½ (y - m), math (12)."""
+        problem = build_problem(CLOUD)
+        y = problem.target.atoms.double().numpy()
+        centred = y - y.mean(axis=0)
+        values, vectors = np.linalg.eigh(centred.T @ centred / len(y))
+        expected = -0.5 * (((centred @ vectors) ** 2) / np.sqrt(values)).sum(axis=1)
+        found = start.gaussian_heights(problem)
+        assert np.allclose(found - found.mean(), expected - expected.mean(), atol=1e-5)
+
+    def test_raise_gives_hungry_atoms_their_mass(self) -> None:
+        problem = build_problem(RNG.standard_normal((50, 3)))
+        search = assign.build("dense", problem.target.atoms)
+        heights = np.zeros(50)
+        heights[7] = -100.0
+        raised, work = start.reverse_raise(problem, search, heights, 5000, lambda: None)
+        assert raised[7] - raised[8] > heights[7] - heights[8] + 90
+        assert 5000 < work < 10_000
+
+    def test_tree_covers_every_atom(self) -> None:
+        atoms = torch.randn(2000, 6, generator=torch.Generator().manual_seed(0))
+        nodes = tree.grow(atoms, 0)
+        assert [int(n.max()) + 1 for n in nodes] == tree.widths(2000) == [8, 32, 128]
+        levels = tree.levels(nodes, np.full(2000, 1 / 2000), torch.device("cpu"))
+        for level in levels:
+            assert float(level.mass.sum()) == pytest.approx(1)
+            assert (level.mass > 0).all()
+            assert level.sum(torch.ones(2000, dtype=torch.float64)).sum() == 2000
+
+    def test_tally_shares_a_sample_between_the_two_best(self) -> None:
+        near = assign.Winners(torch.tensor([[0, 1], [2, 0]]), torch.tensor([[3.0, 2.0], [1.0, 1.0]]))
+        hard, soft = optim.count(near, 0.0, 3), optim.count(near, 1.0, 3)
+        assert hard.hits.tolist() == hard.wins.tolist() == [1, 0, 1]
+        assert hard.margins.tolist() == [1, 0, 0]
+        p = 1 / (1 + np.exp(-1))
+        assert soft.hits.tolist() == pytest.approx([p + 0.5, 1 - p, 0.5])
+
+    def test_batches_grow_only_late(self) -> None:
+        assert batch(10_000, 0) == batch(10_000, 250) == first_batch(10_000) == 2000
+        assert batch(10_000, 25_600) == 20_000
+        assert first_batch(3) == 32
+
+    def test_stop_rule_needs_a_close_look(self) -> None:
+        rule = StopRule(1000, 0.05)
+        glance = Check(30_000, 500, 10, 0.001, 0.001, False, 0.01)
+        assert not rule.done((glance,))
+        assert rule.done((glance, Check(31_000, 500, 10, 0.04, 0.001, True, 0.05)))
+        assert not rule.done((glance, Check(31_000, 500, 10, 0.04, 0.001, True, 0.0501)))
+
+    def test_later_close_looks_demand_more(self) -> None:
+        rule = StopRule(1000, 0.05)
+        found = distot.certify.__globals__["solver"].chi2(np.full(1000, 30.0), np.full(1000, 1e-3))
+        history: tuple[Check, ...] = ()
+        uppers = []
+        for _ in range(3):
+            check = Check(100_000, 500, 10, 0.01, 0.001, True, 0.06)
+            history += (check,)
+            uppers.append(rule.judge(found, 200_000, 500, 11, history).upper)
+        assert uppers == sorted(set(uppers))
+
+
+class TestSolution:
+    def test_save_and_load(self, tmp_path: Any) -> None:
+        solution = quiet(CLOUD, until_chi2=None, max_samples=5000)
+        again = distot.load(solution.save(tmp_path / "kept.zarr"))
+        assert np.array_equal(again.heights, solution.heights)
+        assert again.certificate == solution.certificate
+        assert (again.samples, again.reason, again.history) == (solution.samples, solution.reason, solution.history)
+        x = RNG.standard_normal((100, 5))
+        assert np.array_equal(again.map(x), solution.map(x))
+
+    def test_assign_is_the_argmax_of_the_exported_heights(self) -> None:
+        y = CLOUD + 50
+        solution = quiet(y, distot.Gaussian(np.full(5, 20.0)), until_chi2=None, max_samples=5000)
+        x = RNG.standard_normal((2000, 5)) + 20
+        assert (solution.assign(x) == (x @ y.T + solution.heights).argmax(axis=1)).mean() > 0.999
+        assert np.array_equal(solution.assign(torch.from_numpy(x)), solution.assign(x))
+        assert solution.assign(np.empty((0, 5))).shape == (0,)
+
+    @pytest.mark.parametrize(("x", "message"), [(np.zeros(5), r"\(B, 5\)"), (np.zeros((2, 4)), r"\(B, 5\)")])
+    def test_assign_refuses_wrong_shapes(self, x: Any, message: str) -> None:
+        solution = quiet(CLOUD, until_chi2=None, max_samples=700)
+        with pytest.raises(InputError, match=message):
+            solution.assign(x)
+        with pytest.raises(InputError, match="NaN"):
+            solution.assign(np.full((1, 5), np.nan))
