@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -52,8 +53,8 @@ def main(quick: bool) -> None:
             heights = -0.5 * atoms.square().sum(1)
             flops = 2e-9 * n * d * BATCH
             dense, faiss = (assign.build(name, atoms) for name in ("dense", "faiss"))
-            times = [seconds(lambda a=a: a(x, heights, 2)) for a in (dense, faiss)]  # type: ignore[misc]
-            times.append(seconds(lambda: plain(x, atoms, heights)))
+            calls = (partial(dense, x, heights, 2), partial(faiss, x, heights, 2), partial(plain, x, atoms, heights))
+            times = [seconds(call) for call in calls]
             lines.append(f"| {n:,} | {d} | " + " | ".join(f"{flops / t:.0f}" for t in times) + " |")
     write("assign", "Nearest power cell", lines)
 

@@ -121,7 +121,7 @@ class TestDense(Contract):
         search = self.make(atoms)
         with torch.profiler.profile(profile_memory=True, record_shapes=True) as profile:
             search(x, heights, 2)
-        largest = max(event.self_cpu_memory_usage for event in profile.events())  # type: ignore[no-untyped-call]
+        largest = max(event.self_cpu_memory_usage for event in profile.events())
         assert 1 << 20 < largest <= 8 << 20
 
 

@@ -128,7 +128,7 @@ class TestCertificate:
 def test_running_mean_survives_a_large_offset() -> None:
     values = torch.from_numpy(np.random.default_rng(0).standard_normal(10_001)) + 1e8
     running = Running()
-    for part in values.split(777):  # type: ignore[no-untyped-call]
+    for part in values.split(777):
         running.add(part)
     assert running.mean == pytest.approx(float(values.mean()), rel=1e-15)
     assert running.error == pytest.approx(float(values.std()) / np.sqrt(10_001), rel=1e-4)
