@@ -48,6 +48,12 @@ class State:
         return SMOOTHING * self.margin * (1 + self.time) ** (-1 / 3) * (1 + self.time / SMOOTHING_TURN) ** (-2 / 3)
 
 
+def starving(state: State, mass: Tensor) -> Tensor:
+    """Indices of atoms that lately won less than a tenth of the samples they should, where those are at least 8."""
+    expected = mass * state.margin_count.sum()
+    return ((expected >= 8) & (state.margin_count < 0.1 * expected)).nonzero()[:, 0]
+
+
 def begin(heights: Tensor, samples: int) -> State:
     zero = torch.zeros_like(heights)
     return State(heights, heights, zero, zero, samples=samples)

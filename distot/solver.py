@@ -26,6 +26,7 @@ from distot.source import BLOCK, Stream
 from distot.watch import Stop, Watch
 
 VECTORS = ("heights", "average", "margin_sum", "margin_count")
+LIFT_EVERY = 10  # steps between two looks for starving atoms
 RESERVE = 0.2  # at most this share of max_seconds is kept for the certificate
 
 
@@ -126,11 +127,15 @@ def iterate(problem: Problem, assigner: Assigner, options: Options, watch: Watch
             with watch.timed(size):
                 for key, block in problem.keys(Stream.STEP, state.step, size):
                     watch.poll(reserve)
-                    near = assigner(problem.draw(key, block), state.heights, k=2)
+                    x = problem.draw(key, block)
+                    near = assigner(x, state.heights, k=2)
                     counted = optim.count(near, state.temperature, n)
                     tally = counted if tally is None else tally + counted
                 assert tally is not None
                 state = optim.update(state, tally, size, schedule.first_batch(n), mass, levels)
+                if state.step % LIFT_EVERY == 0 and len(hungry := optim.starving(state, mass)):
+                    lifted, work = start.lift(problem, state.heights, hungry, x, near.score[:, 0])
+                    state = replace(state, heights=lifted, samples=state.samples + work)
             progress = replace(progress, state=state)
             watch.tell(
                 "step",

@@ -85,6 +85,18 @@ def reverse_raise(
     return raised, samples + round(samples * len(hungry) / target.n)
 
 
+def lift(problem: Problem, heights: Tensor, hungry: Tensor, x: Tensor, potential: Tensor) -> tuple[Tensor, int]:
+    """Brings starving atoms half the way to the height at which each would win one of the samples x (B, d); math (13).
+
+    potential: u_h(x) (B,), known from the search of the step. Half the way, again and again, does not pass
+    the height of one win in B, which is too much where B < n. Returns heights, centred, and the work in samples.
+    """
+    reach = assign.build("dense", x)(problem.target.atoms[hungry], -potential, k=1).score[:, 0].double()
+    lifted = heights.index_add(0, hungry, 0.5 * (-reach - heights[hungry]).clamp_min(0))
+    mass = torch.as_tensor(problem.target.mass, device=heights.device)
+    return lifted - mass @ lifted, round(len(x) * len(hungry) / problem.target.n)
+
+
 def _merge(
     x: Tensor, heights: Tensor, atoms: Tensor, group: np.ndarray, scores: Tensor, poll: Callable[[], None]
 ) -> Tensor:

@@ -463,11 +463,18 @@ def _verified(folder: Path) -> tuple[Arrays, dict[str, Any]]:
         raise StoreError(f"checkpoint {folder.name} is damaged: {file} fails its checksum")
     for name, expected in manifest["files"].items():
         file = folder / name
-        if not file.exists():
-            raise StoreError(f"checkpoint {folder.name} has lost the file {file}")
-        if _describe(file) != expected:
+        try:
+            sound = _describe(file) == expected
+        except OSError as error:
+            raise StoreError(
+                f"checkpoint {folder.name} is damaged: {file} cannot be read ({error.strerror})"
+            ) from error
+        if not sound:
             raise StoreError(f"checkpoint {folder.name} is damaged: {file} fails its checksum")
-    return {name: _load(folder / name) for name in manifest["arrays"]}, manifest["scalars"]
+    arrays = {name: _load(folder / name) for name in manifest["arrays"]}
+    if not (folder / "MANIFEST.json").exists():  # the first thing a writer deletes; zarr fills in what is missing
+        raise StoreError(f"checkpoint {folder.name} was deleted while it was read")
+    return arrays, manifest["scalars"]
 
 
 def _digest(manifest: dict[str, Any]) -> str:

@@ -23,6 +23,7 @@ import numpy as np
 
 import distot
 import distot.cli
+from distot.store import Run
 
 LIMIT = 60.0  # seconds that anything awaited may take
 
@@ -257,8 +258,14 @@ def report(work: Callable[[], distot.Solution], source: Normal) -> None:
 
 
 def load(run: str) -> None:
-    """Prints the samples of a run that another process may be writing, read many times over."""
+    """Prints the samples of a run, read many times over."""
     print(json.dumps([distot.load(run).samples for _ in range(20)]))
+
+
+def read_for_ever(run: str) -> None:
+    """Prints the step of the newest checkpoint and the remarks on others, again and again."""
+    while found := Run(run).load_checkpoint():
+        print(json.dumps([found.scalars["step"], found.remarks]), flush=True)
 
 
 def mount(folder: str, options: str) -> None:

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,39 @@ def test_second_process_is_refused(launcher: Launcher, latents: Path, tmp_path: 
     assert child.poll() is None
     child.kill(signal.SIGINT)
     assert child.wait() == 130
+
+
+def longer(child: Child, length: int) -> bool:
+    """Whether its output has grown by a line."""
+    return "\n" in child.stdout()[length:]
+
+
+def replaced(run: Path, old: list[Path]) -> bool:
+    """Whether two checkpoints are there and neither is among the old ones."""
+    now = committed(run)
+    return len(now) == 2 and not set(now) & set(old)
+
+
+def test_reader_overtaken_by_the_writer(launcher: Launcher, latents: Path, tmp_path: Path) -> None:
+    """A reader is held up wherever it may be, until all checkpoints that it can have chosen from are gone."""
+    run = tmp_path / "run.zarr"
+    writer = start_forever(launcher, latents, run)
+    reader = launcher.start("read_for_ever", str(run))
+
+    for _ in range(12):
+        wait_for("another line", partial(longer, reader, len(reader.stdout())), reader)
+        reader.kill(signal.SIGSTOP)
+        wait_for("new checkpoints", partial(replaced, run, committed(run)), writer)
+        reader.kill(signal.SIGCONT)
+    for child in (reader, writer):
+        assert child.poll() is None, child.stderr()
+        child.kill(signal.SIGKILL)
+        child.wait()
+    found = [json.loads(line) for line in reader.stdout().splitlines(keepends=True) if line.endswith("\n")]
+    assert all(remarks == [] for _, remarks in found)
+    steps = [step for step, _ in found]
+    assert steps == sorted(steps)
+    assert len(set(steps)) >= 12
 
 
 # ------------------------------------------------------------------------------------------ damaged files

@@ -182,6 +182,27 @@ class TestParts:
         assert raised[7] - raised[8] > heights[7] - heights[8] + 90
         assert 5000 < work < 10_000
 
+    def test_lift_brings_a_starving_atom_back(self) -> None:
+        problem = build_problem(RNG.standard_normal((50, 3)))
+        search = assign.build("dense", problem.target.atoms)
+        x = torch.randn(1000, 3, generator=torch.Generator().manual_seed(0))
+        heights = torch.zeros(50, dtype=torch.float64)
+        heights[7] = -1000.0
+        hungry = torch.tensor([7])
+        for _ in range(30):
+            near = search(x, heights, 2)
+            heights, work = start.lift(problem, heights, hungry, x, near.score[:, 0])
+        assert work == 20
+        assert search(x, heights + 1e-3 * (torch.arange(50) == 7), 1).index.eq(7).sum() >= 1
+        assert search(x, heights, 1).index.eq(7).sum() <= 1
+
+    def test_starving_is_only_who_should_have_won(self) -> None:
+        zero = torch.zeros(4, dtype=torch.float64)
+        wins = torch.tensor([0.0, 0.5, 20.0, 0.0], dtype=torch.float64)
+        state = optim.State(zero, zero, zero, wins)
+        mass = torch.tensor([0.5, 0.45, 0.05, 1e-9], dtype=torch.float64)
+        assert optim.starving(state, mass).tolist() == [0, 1]
+
     def test_tree_covers_every_atom(self) -> None:
         atoms = torch.randn(2000, 6, generator=torch.Generator().manual_seed(0))
         nodes = tree.grow(atoms, 0)
