@@ -23,7 +23,7 @@ from distot.certify import Certificate
 from distot.errors import DistotWarning, InputError, StoreError
 from distot.problem import Problem, build_problem
 from distot.progress import listener
-from distot.schedule import Options, StopRule
+from distot.schedule import Options, StopRule, batch
 from distot.solution import Interrupted, Solution, describe
 from distot.solver import Progress
 from distot.source import Source, from_spec
@@ -97,8 +97,8 @@ def resume(
 ) -> Solution:
     """Goes on with a run from its newest good checkpoint: the same heights, bit for bit, as if never interrupted.
 
-    until_chi2, max_samples, max_seconds, device replace the run's own values if given (max_seconds counts anew in every
-    process). source is needed if the run draws from a user's callable; latents if they have moved.
+    until_chi2, max_samples, max_seconds, device replace the run's own values if given, for good (max_seconds counts anew
+    in every process). source is needed if the run draws from a user's callable; latents if they have moved.
 
     Raises InputError if the latents are not those of the run or nothing is left to do; StoreError if the run is
     missing, locked or damaged.
@@ -116,8 +116,9 @@ def resume(
         raise InputError(
             f"{run} has reached its goal of chi2 <= {options.until_chi2:g}; give a smaller --until-chi2 to go on"
         )
-    if found.reason == "max_samples" and changed.max_samples == options.max_samples:
-        raise InputError(f"{run} has spent its {options.max_samples:,} samples; give a larger --max-samples to go on")
+    spent = found.state.samples + batch(problem.target.n, found.state.time)
+    if found.started and changed.max_samples is not None and changed.max_samples < spent:
+        raise InputError(f"{run} has spent its {changed.max_samples:,} samples; give a larger --max-samples to go on")
     return _drive(problem, changed, rows, mass, folder, found, checkpoint.remarks, progress, on_event)
 
 
@@ -179,6 +180,9 @@ def _drive(
     with listener(show, on_event) as listen:
         watch = Watch(run, listen, options.max_seconds, options.checkpoint_seconds)
         with run.lock() if run is not None else watch.signals(), watch.signals():
+            if run is not None and run.config["options"] != options.to_dict():
+                run.config["options"] = options.to_dict()
+                run.save_json("config.json", run.config)
             assigner = assign.build(options.assigner, problem.target.atoms)
             watch.tell(
                 "begin" if progress is None else "resume",

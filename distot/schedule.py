@@ -81,7 +81,7 @@ class StopRule:
 
     Only close looks can end a run. The k-th spends 0.05 · 6 / (pi k)² of the error, so all together call a run finished
     wrongly with probability at most 5 %. A close look is as large as balances its cost against the samples that its
-    error bar makes the solver overshoot; a glance aims at an error of a fifth of chi2 for at most 2.5 % of the samples.
+    error bar makes the solver overshoot; a glance aims at an error of a fifth of chi2 for at most 1/60 of the samples.
     """
 
     n: int
@@ -97,7 +97,7 @@ class StopRule:
 
     def size(self, samples: int, history: tuple[Check, ...]) -> int:
         """Samples of the look that is due."""
-        glance = max(64, min(samples // 40, self._look(0.2 * self._limit(samples))))
+        glance = max(64, min(samples // 60, self._look(0.2 * self._limit(samples))))
         return max(glance, self._close()) if self.close(samples, history) else glance
 
     def judge(self, found: Estimate, samples: int, looked: int, step: int, history: tuple[Check, ...]) -> Check:
@@ -111,9 +111,9 @@ class StopRule:
         return self.goal is not None and bool(history) and history[-1].close and history[-1].upper <= self.goal
 
     def next(self, history: tuple[Check, ...]) -> int:
-        """Samples at which to look again: when the goal should be met if that is near, else at half as many again."""
+        """Samples at which to look again: when the goal should be met if that is near, else at 1.7 times as many."""
         last, wanted = history[-1].samples, self.wanted(history)
-        return int(max(1.03 * last, wanted if wanted < 1.6 * last else 1.5 * last))
+        return int(max(1.03 * last, wanted if wanted < 1.8 * last else 1.7 * last))
 
     def wanted(self, history: tuple[Check, ...]) -> float:
         """Samples at which a close look should find the goal met; infinity without a goal.

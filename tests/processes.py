@@ -32,7 +32,8 @@ LIMIT = 60.0  # seconds that anything awaited may take
 def quick_folder() -> Iterator[Path]:
     """A folder in memory, where there is one: hundreds of checkpoints need not wait for a busy disk."""
     memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as name:
+    where = memory if os.access(memory, os.W_OK) else None
+    with tempfile.TemporaryDirectory(dir=where, ignore_cleanup_errors=True) as name:
         yield Path(name)
 
 
@@ -111,6 +112,13 @@ class Launcher:
         self.server.stdin.close()  # at this it kills its children and ends
         self.server.wait(LIMIT)
         self.server.stdout.close()
+
+    def stop_all(self) -> None:
+        """Kills what a failed test has left running."""
+        for child in self.children:
+            if child.poll() is None:
+                child.kill(signal.SIGKILL)
+                child.wait()
 
     def ask(self, job: dict[str, Any]) -> Any:
         """Sends one line to the server and reads its answer."""
@@ -259,7 +267,7 @@ def report(work: Callable[[], distot.Solution], source: Normal) -> None:
 
 def load(run: str) -> None:
     """Prints the samples of a run, read many times over."""
-    print(json.dumps([distot.load(run).samples for _ in range(20)]))
+    print(json.dumps([distot.load(run).samples for _ in range(8)]))
 
 
 def read_for_ever(run: str) -> None:

@@ -32,9 +32,10 @@ Z = np.random.default_rng(5).standard_normal((100, 3)).astype(np.float32)
 
 
 @pytest.fixture
-def tmp_path() -> Iterator[Path]:
+def tmp_path(launcher: Launcher) -> Iterator[Path]:
     with quick_folder() as folder:
         yield folder
+        launcher.stop_all()
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +246,7 @@ def test_interrupt_before_the_run_begins(launcher: Launcher, tmp_path: Path) -> 
     with pipe.open("wb", buffering=0) as file:  # returns when the child has opened it, too
         file.write(b"\x93NUMPY")
         child.kill(signal.SIGINT)
-        assert child.wait() == 130
+    assert child.wait() == 130  # at the latest at the end of the file: Python cannot break off a read about to begin
     assert "Traceback" not in child.stderr()
     assert list(tmp_path.iterdir()) == [pipe]
 

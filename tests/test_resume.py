@@ -16,7 +16,7 @@ import distot
 from distot.errors import InputError, StoreError
 from distot.store import Run, copy_latents
 
-GOAL = 0.02
+TASK = ("--until-chi2", "0.05", "--max-samples", "30000")  # looks and close looks; whichever comes first ends it
 OFTEN = ("--checkpoint-seconds", "0.02")
 INT, TERM, KILL = signal.SIGINT, signal.SIGTERM, signal.SIGKILL
 HOW = [pytest.param(INT, 130, id="Ctrl-C"), pytest.param(TERM, 143, id="SIGTERM"), pytest.param(KILL, -9, id="kill -9")]
@@ -29,9 +29,10 @@ def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
 
 
 @pytest.fixture
-def tmp_path() -> Iterator[Path]:
+def tmp_path(launcher: Launcher) -> Iterator[Path]:
     with quick_folder() as folder:
         yield folder
+        launcher.stop_all()
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +48,11 @@ def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def unbroken(launcher: Launcher, latents: Path) -> Path:
     run = latents.parent / "unbroken.zarr"
-    child = launcher.run("solve", latents, run, "--until-chi2", GOAL)
-    assert child.returncode == 0, child.stderr()
+    child = launcher.run("solve", latents, run, *TASK)
+    assert child.returncode in (0, 3), child.stderr()
+    solution = distot.load(run)
+    assert solution.samples > 10000
+    assert any(check.close for check in solution.history)
     return run
 
 
@@ -89,7 +93,7 @@ def test_stopped_in_the_middle(
     launcher: Launcher, latents: Path, unbroken: Path, tmp_path: Path, how: int, code: int
 ) -> None:
     run = tmp_path / "run.zarr"
-    child = launcher.command("solve", latents, run, "--until-chi2", GOAL, *OFTEN)
+    child = launcher.command("solve", latents, run, *TASK, *OFTEN)
     assert stop_after(child, run, 2, how) == code
     first = Run(run).load_checkpoint()
     assert first is not None
@@ -99,32 +103,32 @@ def test_stopped_in_the_middle(
     assert second is not None
     assert 0 < first.scalars["step"] < second.scalars["step"] < state(unbroken)["step"]
     child = launcher.run("resume", run)
-    assert child.returncode == 0, child.stderr()
+    assert child.returncode in (0, 3), child.stderr()
     assert_equal(run, unbroken)
 
 
 def test_stopped_by_the_clock(launcher: Launcher, latents: Path, unbroken: Path, tmp_path: Path) -> None:
     run = tmp_path / "run.zarr"
-    child = launcher.run("solve", latents, run, "--until-chi2", GOAL, "--max-time", "0.15s", *OFTEN)
+    child = launcher.run("solve", latents, run, *TASK, "--max-time", "0.15s", *OFTEN)
     assert child.returncode == 3, child.stderr()
     stopped = Run(run).load_checkpoint()
     assert stopped is not None
     assert stopped.scalars["reason"] == "max_seconds"
     child = launcher.run("resume", run, "--max-time", "10m")
-    assert child.returncode == 0, child.stderr()
+    assert child.returncode in (0, 3), child.stderr()
     assert_equal(run, unbroken)
 
 
 def test_another_seed_is_another_answer(launcher: Launcher, latents: Path, unbroken: Path, tmp_path: Path) -> None:
     run = tmp_path / "run.zarr"
-    assert launcher.run("solve", latents, run, "--until-chi2", GOAL, "--seed", 1).returncode == 0
+    assert launcher.run("solve", latents, run, *TASK, "--seed", 1).returncode in (0, 3)
     assert not np.array_equal(distot.load(run).heights, distot.load(unbroken).heights)
 
 
 # ----------------------------------------------- signals at one exact call of the source, from inside
 
 
-EASY = {"until_chi2": 0.1, "checkpoint_seconds": 0.0}
+EASY = {"until_chi2": None, "max_samples": 2500, "checkpoint_seconds": 0.0}
 MOMENTS = 16  # calls before a run has a folder: the moments of the source
 RAISE = MOMENTS + 2  # the last call in the start, the reverse raise
 CALLS = [RAISE - 1, RAISE, RAISE + 1, RAISE + 2, RAISE + 7, RAISE + 20]
@@ -134,7 +138,7 @@ CALLS = [RAISE - 1, RAISE, RAISE + 1, RAISE + 2, RAISE + 7, RAISE + 20]
 def straight(launcher: Launcher, latents: Path) -> dict[str, Any]:
     """An unbroken solve for a user's own source, and at how many calls of it."""
     found = launcher.call("solve", str(latents.with_name("few.npy")), None, EASY)
-    assert found["reason"] == "until_chi2"
+    assert found["reason"] == "max_samples"
     assert found["calls"] > max(CALLS)
     return dict(found)
 
@@ -206,23 +210,24 @@ def test_run_and_latents_move_together(launcher: Launcher, latents: Path, unbrok
     here, there = tmp_path / "here", tmp_path / "there"
     here.mkdir()
     shutil.copytree(latents, here / "z.zarr")
-    child = launcher.command("solve", here / "z.zarr", here / "run.zarr", "--until-chi2", GOAL, *OFTEN)
+    child = launcher.command("solve", here / "z.zarr", here / "run.zarr", *TASK, *OFTEN)
     assert stop_after(child, here / "run.zarr", 2, KILL) == -KILL
     here.rename(there)
     child = launcher.run("resume", there / "run.zarr")
-    assert child.returncode == 0, child.stderr()
+    assert child.returncode in (0, 3), child.stderr()
     assert_equal(there / "run.zarr", unbroken)
 
 
-def test_a_finished_run_says_what_to_change(launcher: Launcher, unbroken: Path, tmp_path: Path) -> None:
+def test_a_finished_run_says_what_to_change(launcher: Launcher, latents: Path, tmp_path: Path) -> None:
     run = tmp_path / "run.zarr"
-    child = launcher.run("resume", unbroken)
+    assert launcher.run("solve", latents, run, "--until-chi2", "0.5").returncode == 0
+    samples = distot.load(run).samples
+    child = launcher.run("resume", run)
     assert child.returncode == 1
-    assert "has reached its goal of chi2 <= 0.02; give a smaller --until-chi2 to go on" in child.stderr()
-    shutil.copytree(unbroken, run)
-    child = launcher.run("resume", run, "--until-chi2", "0.018", "--latents", unbroken.parent / "z.zarr")
+    assert "has reached its goal of chi2 <= 0.5; give a smaller --until-chi2 to go on" in child.stderr()
+    child = launcher.run("resume", run, "--until-chi2", "0.4")
     assert child.returncode == 0, child.stderr()
-    assert distot.load(run, latents=unbroken.parent / "z.zarr").samples > distot.load(unbroken).samples
+    assert distot.load(run).samples > samples
 
 
 def test_a_larger_budget_goes_on(launcher: Launcher, latents: Path, tmp_path: Path) -> None:
@@ -241,7 +246,7 @@ def test_a_larger_budget_goes_on(launcher: Launcher, latents: Path, tmp_path: Pa
 def test_a_run_from_memory_keeps_its_own_latents(launcher: Launcher, latents: Path, tmp_path: Path) -> None:
     run = tmp_path / "run.zarr"
     rows = np.load(latents.with_name("few.npy"))
-    solved = distot.solve(rows, until_chi2=0.2, run=run)
+    solved = distot.solve(rows, until_chi2=0.5, run=run)
     assert np.array_equal(distot.load(run).heights, solved.heights)
     assert np.array_equal(distot.load(run).map(rows[:5]), solved.map(rows[:5]))
     with pytest.raises(InputError, match="has reached its goal"):

@@ -1,0 +1,86 @@
+"""What users copy works: the jobs, the demo in small, and the code in the README."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import distot
+from jobs.patches import patches
+
+ROOT = Path(__file__).parent.parent
+QUIET = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def run(*words: str, folder: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([sys.executable, *words], cwd=folder, env=QUIET, capture_output=True, text=True, timeout=200)
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def test_demo(tmp_path: Path) -> None:
+    first = run("-m", "jobs.demo", "demo", "--count", "600", "--dim", "8", folder=tmp_path)
+    assert "the goal was reached" in first.stdout
+    assert "Efficiency 0." in first.stdout
+    assert "distot resume demo/run.zarr --until-chi2 0.03" in first.stdout
+    solution = distot.load(tmp_path / "demo/run.zarr")
+    assert solution.heights.shape == (600,)
+    assert solution.certificate.chi2 < 0.05 + 2 * solution.certificate.chi2_error
+    assert "is there already" in run("-m", "jobs.demo", "demo", folder=tmp_path).stdout
+
+
+def test_patches_are_distinct_and_centred() -> None:
+    y = patches(500, 8)
+    assert y.shape == (500, 8)
+    assert y.dtype == np.float32
+    assert len(np.unique(y, axis=0)) == 500
+    assert np.abs(y.mean(axis=0)).max() < 1e-4
+    assert np.allclose(patches(500, 8, whiten=True).std(axis=0), 1, rtol=0.01)
+    assert not np.array_equal(patches(500, 8, seed=1), y)
+
+
+def test_solve_or_go_on(tmp_path: Path) -> None:
+    np.save(tmp_path / "z.npy", np.random.default_rng(0).standard_normal((200, 3)))
+    run("-m", "distot.cli", "ingest", "z.npy", "z.zarr", folder=tmp_path)
+    job = ("-m", "jobs.solve", "z.zarr", "run.zarr")
+    run(*job, "--max-samples", "4000", "--until-chi2", "1e-3", folder=tmp_path, code=3)
+    config = tmp_path / "run.zarr/config.json"
+    raised = json.loads(config.read_text())
+    raised["options"] |= {"max_samples": None, "until_chi2": 0.2}
+    config.write_text(json.dumps(raised))
+    run(*job, folder=tmp_path)
+    assert "until_chi2" in run(*job, folder=tmp_path).stdout
+    assert distot.load(tmp_path / "run.zarr").reason == "until_chi2"
+
+
+def test_code_in_the_readme(tmp_path: Path) -> None:
+    found = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert found is not None
+    chi2, limit = map(float, run("-c", found.group(1), folder=tmp_path).stdout.split())
+    assert chi2 < 0.06
+    assert limit > 0
+    assert (tmp_path / "run.zarr/config.json").exists()
+
+
+@pytest.mark.parametrize(("n", "works"), [(50, True), (500, False)])
+def test_without_faiss(tmp_path: Path, n: int, works: bool) -> None:
+    """Trees are grown by FAISS; a problem too small for one needs none, a larger one says what to install."""
+    code = f"""
+import sys
+sys.modules["faiss"] = None
+import distot, numpy
+try:
+    distot.solve(numpy.random.default_rng(0).random(({n}, 2)), max_samples=20000)
+    print("solved")
+except distot.InputError as error:
+    print(error)
+"""
+    said = run("-c", code, folder=tmp_path).stdout
+    assert said == "solved\n" if works else "pip install 'distot[cpu]'" in said
