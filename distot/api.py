@@ -9,7 +9,7 @@ import os
 import signal
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from distot import assign, solver
+from distot.assign import Assigner
 from distot.certify import Certificate
 from distot.errors import DistotWarning, InputError, StoreError
 from distot.problem import Problem, build_problem
@@ -74,13 +75,15 @@ def solve(
     rows = _rows(latents)
     given = None if mass is None else np.asarray(mass)
     problem = _problem(rows, source, given, options)
-    folder = None
-    if run is not None:
-        config, arrays = describe(problem, options, _reference(rows, Path(run)), given)
-        copy = None if isinstance(rows, Latents) else (rows, None)
-        need_space(Path(run), 3 * 80 * problem.target.n + (0 if copy is None else np.asarray(rows).nbytes))
-        folder = Run.create(run, config, arrays, copy)
-    return _drive(problem, options, rows, given, folder, None, (), progress, on_event)
+    case = Case(problem, assign.build(assigner, problem.target.atoms), options, rows, given)
+    if run is None:
+        return _drive(case, None, (), progress, on_event)
+    config, arrays = describe(problem, options, _reference(rows, Path(run)), given)
+    copy = None if isinstance(rows, Latents) else (rows, None)
+    need_space(Path(run), _checkpoint_bytes(problem) + (0 if copy is None else np.asarray(rows).nbytes))
+    case = replace(case, run=(folder := Run.create(run, config, arrays, copy)))
+    with folder.lock():
+        return _drive(case, None, (), progress, on_event)
 
 
 def resume(
@@ -97,29 +100,32 @@ def resume(
 ) -> Solution:
     """Goes on with a run from its newest good checkpoint: the same heights, bit for bit, as if never interrupted.
 
-    until_chi2, max_samples, max_seconds, device replace the run's own values if given, for good (max_seconds counts anew
-    in every process). source is needed if the run draws from a user's callable; latents if they have moved.
+    until_chi2, max_samples, max_seconds, device replace the run's own values if given, for good (max_seconds counts
+    anew in every process). source is needed if the run draws from a user's callable; latents if they have moved.
 
     Raises InputError if the latents are not those of the run or nothing is left to do; StoreError if the run is
     missing, locked or damaged.
     """
-    folder, problem, options, rows, mass = _open_run(run, source, latents, device)
-    changes = {"until_chi2": until_chi2, "max_samples": max_samples, "max_seconds": max_seconds}
-    changed = Options(**(options.to_dict() | {k: v for k, v in changes.items() if v is not None}))
-    checkpoint = folder.load_checkpoint()
-    if checkpoint is None:
-        return _drive(problem, changed, rows, mass, folder, None, (), progress, on_event)
-    found = solver.restore(checkpoint.arrays, checkpoint.scalars, problem.target.atoms.device)
-    if changed.until_chi2 != options.until_chi2 and found.history:
-        found = replace(found, next_check=StopRule(problem.target.n, changed.until_chi2).next(found.history))
-    if found.reason == "until_chi2" and (changed.until_chi2 or 0.0) >= (options.until_chi2 or 0.0):
-        raise InputError(
-            f"{run} has reached its goal of chi2 <= {options.until_chi2:g}; give a smaller --until-chi2 to go on"
-        )
-    spent = found.state.samples + batch(problem.target.n, found.state.time)
-    if found.started and changed.max_samples is not None and changed.max_samples < spent:
-        raise InputError(f"{run} has spent its {changed.max_samples:,} samples; give a larger --max-samples to go on")
-    return _drive(problem, changed, rows, mass, folder, found, checkpoint.remarks, progress, on_event)
+    changes = {"until_chi2": until_chi2, "max_samples": max_samples, "max_seconds": max_seconds, "device": device}
+    given = {name: value for name, value in changes.items() if value is not None}
+    with Run(run).lock():
+        case, remarks, found = _open(run, source, latents, given)
+        problem, options = case.problem, case.options
+        need_space(Path(run), _checkpoint_bytes(problem))
+        if found is None or not found.started:
+            return _drive(case, None, remarks, progress, on_event)
+        if until_chi2 is not None and found.history:
+            found = replace(found, next_check=StopRule(problem.target.n, options.until_chi2).next(found.history))
+        spent = found.state.samples + batch(problem.target.n, found.state.time)
+        if options.max_samples is not None and options.max_samples < spent:
+            done = f"has spent its {options.max_samples:,} samples; give a larger --max-samples to go on"
+        elif found.reason == "until_chi2" and until_chi2 is None:
+            done = f"has reached its goal of chi2 <= {options.until_chi2:g}; give a smaller --until-chi2 to go on"
+        else:
+            return _drive(case, replace(found, reason=None), remarks, progress, on_event)
+        if _kept_certificate(case, found) is None:  # killed just before its end
+            return _drive(case, replace(found, reason=found.reason or "max_samples"), remarks, progress, on_event)
+        raise InputError(f"{run} {done}")
 
 
 def load(
@@ -133,17 +139,10 @@ def load(
 
     Raises StoreError if there is no run, or no checkpoint in it yet.
     """
-    folder, problem, options, rows, mass = _open_run(run, source, latents, device)
-    checkpoint = folder.load_checkpoint()
-    if checkpoint is None:
+    case, remarks, found = _open(run, source, latents, {} if device is None else {"device": device})
+    if found is None:
         raise StoreError(f"{run} has no checkpoint yet; go on with: distot resume {run}")
-    found = solver.restore(checkpoint.arrays, checkpoint.scalars, problem.target.atoms.device)
-    stored = folder.load_json("certificate.json")
-    certificate = None
-    if stored is not None and stored.pop("step") == found.state.step:
-        certificate = Certificate(**stored)
-    assigner = assign.build(options.assigner, problem.target.atoms)
-    return Solution(problem, assigner, found, options, rows, mass, folder, certificate, checkpoint.remarks)
+    return _solution(case, found, remarks, _kept_certificate(case, found))
 
 
 def certify(
@@ -155,35 +154,45 @@ def certify(
     latents: ArrayLike | Tensor | str | Path | None = None,
     device: str | None = None,
 ) -> Solution:
-    """Certifies a run anew and keeps the certificate in it; ``seed_step`` > 0 draws other, independent samples."""
-    found = load(run, source=source, latents=latents, device=device)
-    replaced = found.certify(samples, seed_step)
-    assert found.run is not None
-    with found.run.lock():
-        _keep_certificate(found.run, replaced, found._progress)
-    found._certificate = replaced
-    return found
+    """Certifies a run anew and keeps the certificate in it; ``seed_step`` > 0 draws other, independent samples.
+
+    Raises as ``load`` does, and StoreError if another process is writing to the run.
+    """
+    with Run(run).lock():
+        case, remarks, found = _open(run, source, latents, {} if device is None else {"device": device})
+        if found is None:
+            raise StoreError(f"{run} has no checkpoint yet; go on with: distot resume {run}")
+        certificate = _solution(case, found, remarks, None).certify(samples, seed_step)
+        _keep_certificate(case, found, certificate)
+        return _solution(case, found, remarks, certificate)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A problem with everything that was chosen for it."""
+
+    problem: Problem
+    assigner: Assigner
+    options: Options
+    rows: Rows
+    mass: NDArray[Any] | None  # as the user gave it
+    run: Run | None = None
 
 
 def _drive(
-    problem: Problem,
-    options: Options,
-    rows: Rows,
-    mass: NDArray[Any] | None,
-    run: Run | None,
-    progress: Progress | None,
-    remarks: tuple[str, ...],
-    show: bool | None,
-    on_event: Listen | None,
+    case: Case, progress: Progress | None, remarks: tuple[str, ...], show: bool | None, on_event: Listen | None
 ) -> Solution:
-    """Runs a problem from the start or from ``progress`` to its end, under the lock of the run folder."""
+    """Runs a case from the start, or from ``progress``, to its end; the caller holds the lock of the run folder.
+
+    A progress that has a reason to stop gets its certificate only.
+    """
+    problem, assigner, options, run = case.problem, case.assigner, case.options, case.run
     with listener(show, on_event) as listen:
         watch = Watch(run, listen, options.max_seconds, options.checkpoint_seconds)
-        with run.lock() if run is not None else watch.signals(), watch.signals():
+        with watch.signals():
             if run is not None and run.config["options"] != options.to_dict():
                 run.config["options"] = options.to_dict()
                 run.save_json("config.json", run.config)
-            assigner = assign.build(options.assigner, problem.target.atoms)
             watch.tell(
                 "begin" if progress is None else "resume",
                 latents=len(problem.target.atom_of),
@@ -199,20 +208,25 @@ def _drive(
             for note in problem.target.notes + remarks:
                 watch.tell("note", text=note)
                 warnings.warn(note, DistotWarning, stacklevel=3)
-            if progress is None or not progress.started:
+            if progress is None:
                 progress = solver.begin(problem, assigner, options, watch)
-            if progress.started:
+            if progress.reason is None:
                 progress = solver.iterate(problem, assigner, options, watch, progress)
             watch.save(progress.state.step, progress.arrays(), progress.scalars(), must=True)
-            solution = Solution(problem, assigner, progress, options, rows, mass, run, None, remarks)
+            solution = _solution(case, progress, remarks, None)
             watch.tell("stop", reason=progress.reason, text=solution.explanation, samples=progress.state.samples)
             if watch.signal is not None:
                 raise Interrupted(_farewell(run, watch.signal), solution, watch.signal)
             certificate = solver.conclude(problem, assigner, options, progress, watch)
-            if run is not None:
-                _keep_certificate(run, certificate, progress)
+            _keep_certificate(case, progress, certificate)
             watch.tell("certificate", **certificate.to_dict())
-            return Solution(problem, assigner, progress, options, rows, mass, run, certificate, remarks)
+            return _solution(case, progress, remarks, certificate)
+
+
+def _solution(case: Case, progress: Progress, remarks: tuple[str, ...], certificate: Certificate | None) -> Solution:
+    return Solution(
+        case.problem, case.assigner, progress, case.options, case.rows, case.mass, case.run, certificate, remarks
+    )
 
 
 def _farewell(run: Run | None, number: int) -> str:
@@ -222,8 +236,22 @@ def _farewell(run: Run | None, number: int) -> str:
     return f"stopped by {name}; everything is saved, go on with: distot resume {run.path}"
 
 
-def _keep_certificate(run: Run, certificate: Certificate, progress: Progress) -> None:
-    run.save_json("certificate.json", certificate.to_dict() | {"step": progress.state.step})
+def _keep_certificate(case: Case, progress: Progress, certificate: Certificate) -> None:
+    if case.run is not None:
+        case.run.save_json("certificate.json", certificate.to_dict() | {"step": progress.state.step})
+
+
+def _kept_certificate(case: Case, progress: Progress) -> Certificate | None:
+    """The certificate in the run folder, if it is that of these heights."""
+    stored = None if case.run is None else case.run.load_json("certificate.json")
+    if stored is None or stored.pop("step") != progress.state.step:
+        return None
+    return Certificate(**stored)
+
+
+def _checkpoint_bytes(problem: Problem) -> int:
+    """Room for the checkpoints of a run: three, of eight vectors or so."""
+    return 3 * 80 * problem.target.n
 
 
 def _rows(latents: object) -> Rows:
@@ -252,19 +280,22 @@ def _reference(rows: Rows, run: Path) -> str:
     return os.path.relpath(rows.path.resolve(), run.resolve()) if isinstance(rows, Latents) else "latents.zarr"
 
 
-def _open_run(
-    run: str | Path, source: object, latents: object, device: str | None
-) -> tuple[Run, Problem, Options, Rows, NDArray[Any] | None]:
-    """The problem that a run folder describes, checked to be the same as when the run began."""
+def _open(
+    run: str | Path, source: object, latents: object, changes: dict[str, Any]
+) -> tuple[Case, tuple[str, ...], Progress | None]:
+    """The case in a run folder with ``changes`` to its options, remarks on damage, and its newest good checkpoint.
+
+    The problem is checked to be the same as when the run began.
+    """
     folder = Run(run)
     config = folder.config
-    options = Options(**(config["options"] | ({} if device is None else {"device": device})))
+    options = Options(**(config["options"] | changes))
     if source is None:
         source = from_spec(config["source"], {k: folder.array(f"source-{k}") for k in config["source_arrays"]})
     elif not isinstance(source, Source) and not callable(source):
         raise InputError(f"source must be the callable or distot.Source that the run began with, not {source!r}")
     if latents is None:
-        stored = folder.path / config["latents"]
+        stored = Path(os.path.normpath(folder.path / config["latents"]))
         if not stored.exists():
             raise StoreError(f"the latents of {run} are not at {stored} any more; say where they are (--latents)")
         latents = stored
@@ -275,4 +306,9 @@ def _open_run(
     problem = _problem(rows, source, mass, options)
     if problem.target.fingerprint != config["fingerprint"]:
         raise InputError(f"{run} was solved for other latents (their fingerprint differs); give it its own (--latents)")
-    return folder, problem, options, rows, mass
+    case = Case(problem, assign.build(options.assigner, problem.target.atoms), options, rows, mass, folder)
+    checkpoint = folder.load_checkpoint()
+    if checkpoint is None:
+        return case, (), None
+    found = solver.restore(checkpoint.arrays, checkpoint.scalars, problem.target.atoms.device)
+    return case, checkpoint.remarks, found

@@ -1,4 +1,4 @@
-"""What a latents store or a run folder holds, read from its metadata alone."""
+"""What a latents store or a run folder holds, read from metadata; of a run the newest checkpoint is verified."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ class StopRule:
     def size(self, samples: int, history: tuple[Check, ...]) -> int:
         """Samples of the look that is due."""
         glance = max(64, min(samples // 60, self._look(0.2 * self._limit(samples))))
-        return max(glance, self._close()) if self.close(samples, history) else glance
+        return max(glance, self._look(self._error(history))) if self.close(samples, history) else glance
 
     def judge(self, found: Estimate, samples: int, looked: int, step: int, history: tuple[Check, ...]) -> Check:
         """The look that was due at ``samples``, with its limit."""
@@ -125,7 +125,9 @@ class StopRule:
         if not history:
             return 2.0 * self.n / self.goal
         last = history[-1]
-        room = self.goal - NormalDist().inv_cdf(1 - self._spent(history)) * np.sqrt(2 * self.n) / self._close()
+        reach = NormalDist().inv_cdf(1 - self._spent(history)) * self._error(history)
+        left = self.goal - reach  # chi2_upper is at the goal where v + reach + reach² / (2 v) = goal
+        room = 0.5 * (left + np.sqrt(left**2 - 2 * reach**2))
         expected = max(last.chi2, self._limit(last.samples))
         return last.samples * float((expected / room) ** 0.8)
 
@@ -142,7 +144,11 @@ class StopRule:
         """Samples whose chi2 has this standard error near the solution."""
         return int(np.ceil(np.sqrt(2 * self.n) / error))
 
-    def _close(self) -> int:
-        """Samples of a close look: error goal / r with r = 1.4 n^¼, optimal for e ~ ½; r >= 8 leaves room."""
+    def _error(self, history: tuple[Check, ...]) -> float:
+        """Standard error that a close look after ``history`` should have: less as its limit has to reach further.
+
+        At first goal / r with r = 1.4 n^¼, optimal for e ~ ½; r >= 8 leaves room below the goal.
+        """
         assert self.goal is not None
-        return max(64, self._look(self.goal / min(64.0, max(8.0, 1.4 * self.n**0.25))))
+        reach = NormalDist().inv_cdf(1 - self._spent(())) / NormalDist().inv_cdf(1 - self._spent(history))
+        return float(self.goal / min(64.0, max(8.0, 1.4 * self.n**0.25)) * reach)

@@ -100,7 +100,14 @@ class Solution:
         return REASONS[self.reason].format(**self.options.to_dict())
 
     def certify(self, samples: int | None = None, seed_step: int = 0) -> Certificate:
-        """A certificate from ``samples`` fresh samples; another ``seed_step`` means other, independent samples."""
+        """A certificate from ``samples`` fresh samples; another ``seed_step`` means other, independent samples.
+
+        Raises InputError for fewer than two samples or a negative ``seed_step``.
+        """
+        if samples is not None and samples < 2:
+            raise InputError(f"a certificate needs at least 2 samples, chi2 is estimated from pairs; not {samples}")
+        if seed_step < 0:
+            raise InputError(f"seed_step must be 0 or more, not {seed_step}")
         return certify(self.problem, self._assigner, self._progress.state.average, samples, step=seed_step)
 
     def assign(self, x: ArrayLike | Tensor) -> NDArray[np.int64]:

@@ -57,6 +57,16 @@ class TestGoalAndBudgets:
         assert all(run.reason == "until_chi2" for run in runs)
         assert sum(run.certificate.chi2 < 0.05 for run in runs) >= 18
 
+    @pytest.mark.parametrize("n", [20, 300])
+    @pytest.mark.parametrize("goal", [0.05, 0.3])
+    def test_ends_soon_after_the_goal_is_met(self, n: int, goal: float) -> None:
+        """Looks cost something and need room below the goal, but not many times the samples of the limit."""
+        y = RNG.standard_normal((n, 5))
+        for seed in range(5):
+            solution = quiet(y, until_chi2=goal, seed=seed)
+            assert solution.samples < 3 * n + 8 * n / goal + 8 * np.sqrt(2 * n) / (goal / 8)
+            assert sum(check.close for check in solution.history) <= 4
+
     @pytest.mark.parametrize(
         ("options", "message"),
         [
