@@ -20,7 +20,7 @@ from distot.problem import Problem
 from distot.schedule import Check, Options
 from distot.solver import Progress
 from distot.source import BLOCK
-from distot.store import VERSION, Latents, Run
+from distot.store import Latents, Run
 from distot.target import Rows
 
 REASONS = {
@@ -170,8 +170,6 @@ def describe(
     if mass is not None:
         arrays["mass"] = np.asarray(mass)
     config = {
-        "format": "distot-run",
-        "version": VERSION,
         "distot": version("distot"),
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "latents": latents,

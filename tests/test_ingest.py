@@ -519,12 +519,13 @@ def test_a_column_by_column_member_of_a_zip_is_refused_with_the_remedy(tmp_path:
 MEMORY = """
 import re, sys
 import pyarrow.parquet, safetensors
-from distot import ingest, store
+from distot import ingest
+from distot.store import latents
 
 def peak():  # in MiB, of this program alone; ru_maxrss would start at what the parent held
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read()).group(1)) >> 10
 
-ingest.BLOCK_BYTES, store.CHUNKS_PER_SHARD = 4 << 20, 2  # so that files of moderate size are large
+ingest.BLOCK_BYTES, latents.CHUNKS_PER_SHARD = 4 << 20, 2  # so that files of moderate size are large
 before = peak()
 for source in sys.argv[1:]:
     ingest.ingest(source, source + ".zarr", dtype="float32")

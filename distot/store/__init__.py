@@ -1,0 +1,21 @@
+"""Latents, runs and checkpoints on disk; the only user of zarr. The layout is described in docs/developers.md.
+
+Nothing is ever half there: a store appears under its name by one rename, a checkpoint by the rename of its manifest,
+and both only after every byte below them has been flushed to disk.
+"""
+
+from distot.store.files import explained, need_space
+from distot.store.latents import Latents, LatentsWriter, copy_latents, new_latents, open_latents
+from distot.store.runs import Checkpoint, Run
+
+__all__ = [
+    "Checkpoint",
+    "Latents",
+    "LatentsWriter",
+    "Run",
+    "copy_latents",
+    "explained",
+    "need_space",
+    "new_latents",
+    "open_latents",
+]

@@ -1,0 +1,97 @@
+"""zarr arrays: written with checksums, read with errors that name the file at fault."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import EllipsisType
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.codecs import Crc32cCodec
+
+from distot.errors import StoreError
+
+VECTOR_CHUNK = 1 << 20  # values in a chunk of a vector: 8 MiB of float64
+
+Arrays = dict[str, NDArray[Any]]
+
+
+def write_vector(group: zarr.Group, name: str, values: NDArray[Any]) -> None:
+    chunks = tuple(max(1, min(VECTOR_CHUNK, n)) for n in values.shape)
+    fill = float("nan") if values.dtype.kind == "f" else 0
+    array = group.create_array(
+        name, shape=values.shape, dtype=values.dtype, chunks=chunks, compressors=[Crc32cCodec()], fill_value=fill
+    )
+    array[...] = values
+
+
+def open_node(path: Path) -> zarr.Array[Any] | zarr.Group:
+    try:
+        with meaningful(path):
+            return zarr.open(str(path), mode="r")
+    except FileNotFoundError:
+        what = "is not a zarr store" if path.exists() else "does not exist"
+        data, store = (path, path.with_suffix(".zarr")) if path.is_file() else ("DATA.npy", path)
+        raise StoreError(f"{path} {what}; make one with: distot ingest {data} {store}") from None
+
+
+@contextmanager
+def meaningful(path: Path) -> Iterator[None]:
+    """Turns what zarr says of damaged metadata into one sentence."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise StoreError(
+            f"a zarr.json in {path} is damaged ({type(error).__name__}: {error}); restore it, or make {path} anew"
+        ) from error
+
+
+def read(array: zarr.Array[Any], rows: slice | EllipsisType, path: Path) -> NDArray[Any]:
+    with readable(array, path):
+        return np.asarray(array[rows])
+
+
+@contextmanager
+def readable(array: zarr.Array[Any], path: Path) -> Iterator[None]:
+    """Turns what zarr says of damaged chunks into one sentence that names the file."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, OSError) as error:
+        raise StoreError(f"{_culprit(array, path, error)}; restore it from a copy, or make it anew") from error
+
+
+def load(path: Path) -> NDArray[Any]:
+    node = open_node(path)
+    if not isinstance(node, zarr.Array):
+        raise StoreError(f"{path} is not a zarr array; this folder was not written by distot")
+    return read(node, ..., path)
+
+
+def _pieces(array: zarr.Array[Any], path: Path) -> Iterator[tuple[slice, Path]]:
+    """Row ranges and files of the stored objects of an array with default chunk keys."""
+    step = (array.shards or array.chunks)[0]
+    folder = path / array.basename if array.basename and path.name != array.basename else path
+    for i in range(-(-array.shape[0] // step)):
+        yield slice(i * step, (i + 1) * step), folder.joinpath("c", str(i), *["0"] * (array.ndim - 1))
+
+
+def _culprit(array: zarr.Array[Any], path: Path, error: Exception) -> str:
+    """Names the first file of an array that cannot be read."""
+    for rows, file in _pieces(array, path):
+        try:
+            array[rows]
+        except (ValueError, LookupError, TypeError, OSError):
+            return f"{file} is damaged or cut short"
+    return f"{path} cannot be read ({error})"
+
+
+def check_complete(path: Path, array: zarr.Array[Any]) -> None:
+    for _, file in _pieces(array, path):
+        if not file.exists() or not file.stat().st_size:
+            raise StoreError(f"{file} is missing or empty; restore this file from a copy, or ingest the latents again")

@@ -1,0 +1,172 @@
+"""Latents on disk: rows in shards with a checksum for each chunk, read by range, written in a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.codecs import Crc32cCodec
+
+from distot.errors import InputError, StoreError
+from distot.store.arrays import check_complete, meaningful, open_node, read, readable, write_vector
+from distot.store.files import need_space, new_folder
+from distot.target import Fingerprint
+
+FORMAT, VERSION = "distot-latents", 1
+CHUNK_BYTES, CHUNKS_PER_SHARD = 2 << 20, 32
+
+
+class Latents:
+    """Rows of a latents store or of any 2-D zarr array, read by range; satisfies ``target.Rows``."""
+
+    def __init__(
+        self, path: Path, array: zarr.Array[Any], mass: NDArray[Any] | None, attributes: dict[str, Any]
+    ) -> None:
+        self.path, self.array, self.mass, self.attributes = path, array, mass, attributes
+        self.bfloat16 = attributes.get("dtype") == "bfloat16"
+        self.shape: tuple[int, ...] = array.shape
+        self.dtype: np.dtype[Any] = np.dtype(np.float32) if self.bfloat16 else array.dtype
+
+    def __getitem__(self, rows: slice) -> NDArray[Any]:
+        values = read(self.array, rows, self.path)
+        return _from_bfloat16(values) if self.bfloat16 else values
+
+    def take(self, index: NDArray[np.int64]) -> NDArray[Any]:
+        """The rows of ``index`` (any number,), in that order."""
+        distinct, inverse = np.unique(index, return_inverse=True)
+        with readable(self.array, self.path):
+            values = np.asarray(self.array.get_orthogonal_selection((distinct, slice(None))))
+        return (_from_bfloat16(values) if self.bfloat16 else values)[inverse]
+
+    @property
+    def fingerprint(self) -> str | None:
+        return self.attributes.get("fingerprint")
+
+
+def open_latents(path: str | Path, array: str | None = None) -> Latents:
+    """Opens a latents store, a group with one 2-D array, or a 2-D array (``array`` names one of several).
+
+    Raises StoreError if there is nothing readable, or a piece of a latents store is missing.
+    """
+    path = Path(path)
+    node = open_node(path)
+    if isinstance(node, zarr.Array):
+        return Latents(path, node, None, {})
+    attributes = dict(node.attrs)
+    if attributes.get("format") == "distot-run":
+        raise InputError(f"{path} is a run, not latents; give the latents it was solved for")
+    ours = attributes.get("format") == FORMAT
+    with meaningful(path):
+        arrays = dict(node.arrays())  # those that zarr recognises
+        if ours:
+            found, mass = arrays["z"], arrays["mass"] if (path / "mass").exists() else None
+    if ours:
+        for pieces in [found] if mass is None else [found, mass]:
+            check_complete(path, pieces)
+        weights = None if mass is None else read(mass, ..., path)
+        return Latents(path, found, weights, attributes)
+    names = [array] if array else [name for name, a in arrays.items() if a.ndim == 2]
+    if len(names) != 1 or names[0] not in arrays:
+        raise InputError(f"{path} holds the arrays {sorted(arrays)}; name the one with the latents (--key)")
+    return Latents(path / names[0], arrays[names[0]], None, {})
+
+
+class LatentsWriter:
+    """Takes latents row block by row block and writes whole shards, in constant memory; made by ``new_latents``."""
+
+    def __init__(self, folder: Path, shape: tuple[int, int], dtype: str) -> None:
+        self.shape, self.dtype = shape, dtype
+        stored = np.dtype("<u2" if dtype == "bfloat16" else dtype)
+        n, d = shape
+        chunk = max(1, min(n, CHUNK_BYTES // (d * stored.itemsize)))
+        self.shard = chunk * max(1, min(CHUNKS_PER_SHARD, -(-n // chunk)))
+        self.fingerprint = Fingerprint(shape, np.dtype(np.float32) if dtype == "bfloat16" else stored)
+        self.written = self.filled = 0
+        self.buffer = np.empty((self.shard, d), dtype=stored)
+        self.group = zarr.create_group(str(folder))
+        self.array = self.group.create_array(
+            "z",
+            shape=shape,
+            dtype=stored,
+            chunks=(chunk, d),
+            shards=(self.shard, d),
+            compressors=[Crc32cCodec()],
+            fill_value=0 if dtype == "bfloat16" else float("nan"),
+        )
+
+    def write(self, rows: NDArray[Any]) -> None:
+        """Appends rows (any number, d)."""
+        if self.dtype == "bfloat16":
+            rows = _to_bfloat16(rows)
+            self.fingerprint.update(_from_bfloat16(rows))
+        else:
+            rows = np.ascontiguousarray(rows, dtype=self.buffer.dtype)
+            self.fingerprint.update(rows)
+        while len(rows):
+            part, rows = rows[: self.shard - self.filled], rows[self.shard - self.filled :]
+            self.buffer[self.filled : self.filled + len(part)] = part
+            self.filled += len(part)
+            if self.filled == self.shard:
+                self._flush()
+
+    def write_mass(self, mass: NDArray[Any]) -> None:
+        """Stores one mass for each latent (N,)."""
+        write_vector(self.group, "mass", np.asarray(mass, dtype=np.float64))
+
+    def _flush(self) -> None:
+        self.array[self.written : self.written + self.filled] = self.buffer[: self.filled]
+        self.written, self.filled = self.written + self.filled, 0
+
+    def close(self, origin: str) -> None:
+        """Writes what is left, and the attributes. Raises StoreError if rows are missing."""
+        if self.filled:
+            self._flush()
+        if self.written != self.shape[0]:
+            raise StoreError(
+                f"{self.written:,} rows came where {self.shape[0]:,} were announced; the source was cut short"
+            )
+        self.group.attrs.update(
+            format=FORMAT, version=VERSION, dtype=self.dtype, fingerprint=self.fingerprint.hexdigest(), origin=origin
+        )
+
+
+@contextmanager
+def new_latents(path: str | Path, shape: tuple[int, int], dtype: str, origin: str) -> Iterator[LatentsWriter]:
+    """A latents store under construction; it appears at ``path`` when the block ends without an error.
+
+    dtype: float16, bfloat16, float32 or float64. ``origin`` says in words where the rows come from.
+    Raises StoreError if ``path`` exists, the disk is too small, or fewer rows than ``shape[0]`` were written.
+    """
+    path = Path(path)
+    if dtype not in ("float16", "bfloat16", "float32", "float64"):
+        raise InputError(f"latents cannot be stored as {dtype}; choose float16, bfloat16, float32 or float64")
+    need_space(path, shape[0] * shape[1] * (2 if dtype == "bfloat16" else np.dtype(dtype).itemsize))
+    with new_folder(path) as folder:
+        writer = LatentsWriter(folder, shape, dtype)
+        yield writer
+        writer.close(origin)
+
+
+def _to_bfloat16(rows: NDArray[Any]) -> NDArray[np.uint16]:
+    """Rounds to nearest, ties to even."""
+    bits = np.ascontiguousarray(rows, dtype=np.float32).view(np.uint32).astype(np.uint64)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def _from_bfloat16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def copy_latents(rows: Any, mass: NDArray[Any] | None, path: Path, origin: str) -> None:
+    """Writes rows in memory as a latents store."""
+    dtype = rows.dtype.name if rows.dtype.name in ("float16", "float32", "float64") else "float64"
+    with new_latents(path, (rows.shape[0], rows.shape[1]), dtype, origin) as writer:
+        for start in range(0, rows.shape[0], writer.shard):
+            writer.write(rows[start : start + writer.shard])
+        if mass is not None:
+            writer.write_mass(mass)

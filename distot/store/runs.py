@@ -1,0 +1,230 @@
+"""Runs on disk: configuration, log, checkpoints that are committed by their manifest, and the writer's lock."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import zarr
+from filelock import FileLock, Timeout
+from numpy.typing import NDArray
+
+from distot.errors import StoreError
+from distot.store.arrays import Arrays, load, write_vector
+from distot.store.files import explained, flush, flush_tree, new_folder, write_atomically
+from distot.store.latents import copy_latents
+
+FORMAT, VERSION = "distot-run", 1
+KEEP = 2  # checkpoints kept in a run
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint: its arrays, the scalars saved with them, and remarks on damaged newer ones."""
+
+    name: str
+    arrays: Arrays
+    scalars: dict[str, Any]
+    remarks: tuple[str, ...] = ()
+
+
+class Run:
+    """A run folder. Readers need no lock; a writer holds ``lock()``."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        file = self.path / "config.json"
+        if not file.is_file():
+            what = "is not a run folder (it has no config.json)" if self.path.exists() else "does not exist"
+            raise StoreError(f"{self.path} {what}; start one with: distot solve LATENTS.zarr {self.path}")
+        with explained("read", file):
+            text = file.read_bytes()
+        try:
+            self.config: dict[str, Any] = json.loads(text)
+        except ValueError as error:
+            raise StoreError(f"{file} is damaged ({error}); this run cannot be continued, start a new one") from error
+        if self.config.get("version") != VERSION:
+            raise StoreError(
+                f"{self.path} was written by distot {self.config.get('distot')}; read it with that version"
+            )
+
+    @classmethod
+    def create(cls, path: str | Path, config: dict[str, Any], arrays: Arrays, latents: tuple[Any, Any] | None) -> Run:
+        """A new run folder with its configuration, the arrays it needs and, if given, a copy of (rows, mass)."""
+        path = Path(path)
+        if path.exists():
+            raise StoreError(
+                f"{path} exists already; continue it with `distot resume {path}`, or choose another name for a new run"
+            )
+        with new_folder(path) as folder:
+            group = zarr.create_group(str(folder), attributes={"format": FORMAT, "version": VERSION})
+            for name, values in arrays.items():
+                write_vector(group, name, values)
+            if latents is not None:
+                rows, mass = latents
+                copy_latents(rows, mass, folder / "latents.zarr", "copied from memory by distot.solve")
+            (folder / "checkpoints").mkdir()
+            text = json.dumps({"format": FORMAT, "version": VERSION} | config, indent=2)
+            (folder / "config.json").write_text(text + "\n")
+        return cls(path)
+
+    def array(self, name: str) -> NDArray[Any]:
+        """An array stored with the configuration. Raises StoreError if it is missing or damaged."""
+        return load(self.path / name)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Refuses a second writer, on this machine or on a shared file system with POSIX locks."""
+        owner = self.path / "owner.json"
+        lock = FileLock(self.path / ".lock")
+        with explained("lock", self.path):
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                who = self.load_json("owner.json") or {"pid": "unknown", "host": "unknown", "since": "just now"}
+                raise StoreError(
+                    f"{self.path} is being written by process {who['pid']} on host {who['host']} since {who['since']}; "
+                    "wait for it or stop it"
+                ) from None
+        try:
+            me = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+            with explained("write", owner):
+                write_atomically(owner, json.dumps(me))
+            for debris in (self.path / "checkpoints").iterdir():
+                if not (debris / "MANIFEST.json").exists():
+                    shutil.rmtree(debris, ignore_errors=True)
+            for partial in self.path.glob(".*.partial"):
+                partial.unlink()
+            yield
+        finally:
+            owner.unlink(missing_ok=True)
+            lock.release()
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Appends one line to log.jsonl, in place of a last one that a crash or a full disk has cut off."""
+        file = self.path / "log.jsonl"
+        with explained("write", file), file.open("a+b") as stream:
+            size = stream.tell()
+            if size and os.pread(stream.fileno(), 1, size - 1) != b"\n":
+                stream.truncate(file.read_bytes().rfind(b"\n") + 1)
+            stream.write(json.dumps(record).encode() + b"\n")
+
+    def records(self) -> list[dict[str, Any]]:
+        """The log; a last line cut off by a crash is left out."""
+        file = self.path / "log.jsonl"
+        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def save_json(self, name: str, value: dict[str, Any]) -> None:
+        with explained("write", self.path / name):
+            write_atomically(self.path / name, json.dumps(value, indent=2) + "\n")
+
+    def load_json(self, name: str) -> dict[str, Any] | None:
+        file = self.path / name
+        try:
+            with explained("read", file):
+                text = file.read_bytes() if file.exists() else b"null"
+            value: dict[str, Any] | None = json.loads(text)
+        except ValueError as error:
+            raise StoreError(f"{file} is damaged ({error}); delete it, distot certify makes it anew") from error
+        return value
+
+    def save_checkpoint(self, step: int, arrays: Arrays, scalars: dict[str, Any]) -> str:
+        """Writes, flushes and commits a checkpoint, then drops all but the newest KEEP."""
+        name = f"step-{step:09d}-{secrets.token_hex(4)}"
+        folder = self.path / "checkpoints" / name
+        try:
+            with explained("write the checkpoint", folder):
+                group = zarr.create_group(str(folder))
+                for key, values in arrays.items():
+                    write_vector(group, key, values)
+                files = {str(f.relative_to(folder)): _describe(f) for f in sorted(folder.rglob("*")) if f.is_file()}
+                flush_tree(folder)
+                flush(folder.parent)
+                manifest = {"format": "distot-checkpoint", "version": VERSION, "written": time.time()}
+                manifest |= {"arrays": sorted(arrays), "files": files, "scalars": scalars}
+                manifest |= {"sha256": _digest(manifest)}
+                write_atomically(folder / "MANIFEST.json", json.dumps(manifest, indent=1))
+                write_atomically(self.path / "LATEST", name + "\n")
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        for old in self._committed()[KEEP:]:
+            with suppress(OSError):  # what cannot be deleted does no harm
+                (old / "MANIFEST.json").unlink()
+                shutil.rmtree(old)
+        return name
+
+    def _committed(self) -> list[Path]:
+        """Folders of committed checkpoints, newest first."""
+        found = []
+        for manifest in (self.path / "checkpoints").glob("step-*/MANIFEST.json"):
+            with suppress(FileNotFoundError):  # a writer drops old ones while we look
+                found.append((manifest.parent.name[:14], manifest.stat().st_mtime_ns, manifest.parent))
+        return [folder for *_, folder in sorted(found, reverse=True)]
+
+    def load_checkpoint(self) -> Checkpoint | None:
+        """The newest checkpoint that verifies, with remarks on those that did not; None if none was committed.
+
+        Raises StoreError if checkpoints were committed and every one of them is damaged.
+        """
+        remarks: list[str] = []
+        for folder in self._committed():
+            try:
+                arrays, scalars = _verified(folder)
+            except StoreError as error:
+                if not (folder / "MANIFEST.json").exists():
+                    return self.load_checkpoint()  # a writer has dropped it, after it had committed newer ones
+                remarks.append(str(error))
+                continue
+            if remarks:
+                remarks.append(f"using the checkpoint before it, {folder.name}")
+            return Checkpoint(folder.name, arrays, scalars, tuple(remarks))
+        if remarks:
+            raise StoreError("; ".join(remarks) + f"; no checkpoint of {self.path} is left, start a new run")
+        return None
+
+
+def _verified(folder: Path) -> tuple[Arrays, dict[str, Any]]:
+    """Arrays and scalars of a checkpoint whose every file has the size and hash of the manifest."""
+    file = folder / "MANIFEST.json"
+    try:
+        manifest = json.loads(file.read_bytes())
+        sound = manifest.pop("sha256") == _digest(manifest)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        sound = False
+    if not sound:
+        raise StoreError(f"checkpoint {folder.name} is damaged: {file} fails its checksum")
+    for name, expected in manifest["files"].items():
+        file = folder / name
+        try:
+            sound = _describe(file) == expected
+        except OSError as error:
+            raise StoreError(
+                f"checkpoint {folder.name} is damaged: {file} cannot be read ({error.strerror})"
+            ) from error
+        if not sound:
+            raise StoreError(f"checkpoint {folder.name} is damaged: {file} fails its checksum")
+    arrays = {name: load(folder / name) for name in manifest["arrays"]}
+    if not (folder / "MANIFEST.json").exists():  # the first thing a writer deletes; zarr fills in what is missing
+        raise StoreError(f"checkpoint {folder.name} was deleted while it was read")
+    return arrays, manifest["scalars"]
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _describe(file: Path) -> dict[str, Any]:
+    with file.open("rb") as stream:
+        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
