@@ -132,6 +132,9 @@ class TestFaiss(Contract):
 class TestAuto(Contract):
     name = "auto"
 
+    def test_takes_the_faster_one(self) -> None:
+        assert [self.make(torch.zeros(40, d)).name for d in (2, 31, 32, 100)] == ["dense", "dense", "faiss", "faiss"]
+
 
 def test_unknown_name() -> None:
     with pytest.raises(InputError, match="unknown assigner 'nope'; choose one of auto, dense, faiss"):

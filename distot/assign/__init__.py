@@ -6,6 +6,7 @@ Legend: B samples, n atoms, d dimension, k winners. Everything is in the frame, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Protocol
 
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from distot.errors import InputError
 
 NAMES = ("auto", "dense", "faiss")
+FAISS_FROM = 32  # dimension
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,14 @@ class Assigner(Protocol):
 def build(name: str, atoms: Tensor) -> Assigner:
     """The assigner ``name`` over atoms (n, d) float32.
 
-    "dense": tiled torch, any device. "faiss": FAISS flat index on the CPU. "auto": dense, which was the faster of the
-    two in every measurement of bench/assign.py. Raises InputError for an unknown name or FAISS on a GPU.
+    "dense": tiled torch, any device. "faiss": FAISS flat index on the CPU. "auto": the faster one by
+    bench/reports/assign.md, which is FAISS, if installed, on the CPU from d = FAISS_FROM. Raises InputError for an
+    unknown name, or FAISS on a GPU.
     """
-    if name in ("auto", "dense"):
+    if name == "auto":
+        faster = atoms.device.type == "cpu" and atoms.shape[1] >= FAISS_FROM and find_spec("faiss") is not None
+        name = "faiss" if faster else "dense"
+    if name == "dense":
         from distot.assign.dense import Dense
 
         return Dense(atoms)
