@@ -5,6 +5,7 @@ Legend: N latents, d dimension.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import warnings
@@ -55,8 +56,8 @@ def solve(
     """Solves semi-discrete optimal transport from ``source`` to the latents, cost ½|x - y|².
 
     latents: array or tensor (N, d), or the path of a zarr store (``distot ingest`` makes one).
-    source: "gaussian" N(0, I), "cube" [0, 1]^d, "ball", "sphere" (radius 1), a ``distot.Source``, an array of samples
-        (n, d), or a callable (numpy Generator, n) -> (n, d).
+    source: "gaussian" N(0, I), "cube" [0, 1]^d, "ball", "sphere" (radius 1), a ``distot.Source``, samples (n, d) as an
+        array or the path of a zarr store, or a callable (numpy Generator, n) -> (n, d).
     mass: (N,) wanted masses; None is the store's own, or uniform.
     until_chi2: stop when the squared relative error of the cell masses, math (8), is below this with 95 % confidence.
     max_samples, max_seconds: budgets; the answer so far is returned when one is spent.
@@ -74,6 +75,8 @@ def solve(
         raise StoreError(f"{run} exists already; continue it with `distot resume {run}`, or choose another name")
     rows = _rows(latents)
     given = None if mass is None else np.asarray(mass)
+    if isinstance(source, Path) or (isinstance(source, str) and source.endswith(".zarr")):
+        source = open_latents(source)[:]
     problem = _problem(rows, source, given, options)
     case = Case(problem, assign.build(assigner, problem.target.atoms), options, rows, given)
     if run is None:
@@ -101,13 +104,14 @@ def resume(
     """Goes on with a run from its newest good checkpoint: the same heights, bit for bit, as if never interrupted.
 
     until_chi2, max_samples, max_seconds, device replace the run's own values if given, for good (max_seconds counts
-    anew in every process). source is needed if the run draws from a user's callable; latents if they have moved.
+    anew in every process); infinity takes a limit away. source is needed if the run draws from a user's callable;
+    latents if they have moved.
 
     Raises InputError if the latents are not those of the run or nothing is left to do; StoreError if the run is
     missing, locked or damaged.
     """
     changes = {"until_chi2": until_chi2, "max_samples": max_samples, "max_seconds": max_seconds, "device": device}
-    given = {name: value for name, value in changes.items() if value is not None}
+    given = {name: None if value == math.inf else value for name, value in changes.items() if value is not None}
     with Run(run).lock():
         case, remarks, found = _open(run, source, latents, given)
         problem, options = case.problem, case.options

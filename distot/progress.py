@@ -94,12 +94,11 @@ class Display:
 
     def on_step(self, e: Event) -> None:
         rate, wanted = e["samples_per_second"], e["wanted"]
-        left = max(0.0, wanted - e["samples"]) / rate
-        eta = "" if wanted == float("inf") else f", about {duration(left)} left"
+        eta = "" if wanted is None else f", about {duration(max(0.0, wanted - e['samples']) / rate)} left"
         self.bar.update(
             self.task,
             description="solve",
-            total=None if wanted == float("inf") else wanted,
+            total=wanted,
             completed=e["samples"],
             state=f"{e['samples'] / self.atoms:.1f} samples/atom, {rate:,.0f}/s{self.chi2}{eta}",
         )

@@ -143,7 +143,7 @@ def iterate(problem: Problem, assigner: Assigner, options: Options, watch: Watch
                 samples=state.samples,
                 samples_per_second=round(1 / watch.seconds_per_sample, 1),
                 margin=state.margin * problem.frame.unit,
-                wanted=rule.wanted(progress.history),
+                wanted=wanted if (wanted := min(limit, rule.wanted(progress.history))) < float("inf") else None,
             )
             if watch.due():
                 watch.save(state.step, progress.arrays(), progress.scalars())

@@ -14,6 +14,7 @@ from distot import assign, optim, start, tree
 from distot.errors import InputError, StoreError
 from distot.problem import build_problem
 from distot.schedule import Check, StopRule, batch, first_batch
+from distot.store import copy_latents
 
 RNG = np.random.default_rng(0)
 CLOUD = RNG.standard_normal((300, 5)) * [3, 2, 1, 0.5, 0.1]
@@ -113,6 +114,12 @@ class TestDeterminism:
         dense, faiss = (quiet(CLOUD, until_chi2=None, max_samples=15_000, assigner=a) for a in ("dense", "faiss"))
         assert np.allclose(dense.heights, faiss.heights, atol=1e-3)
 
+    def test_samples_from_a_store(self, tmp_path: Any) -> None:
+        x = RNG.laplace(size=(5000, 5))
+        copy_latents(x, None, tmp_path / "x.zarr", "a test")
+        stored, given = (quiet(CLOUD, s, until_chi2=None, max_samples=9000) for s in (str(tmp_path / "x.zarr"), x))
+        assert np.array_equal(stored.heights, given.heights)
+
     def test_callable_source(self) -> None:
         def source(generator: np.random.Generator, n: int) -> NDArray[np.float64]:
             return generator.laplace(size=(n, 5))
@@ -172,6 +179,21 @@ class TestParts:
         assert names[:3] == ["begin", "tree", "raise"]
         assert names[-3:] == ["stop", "certify", "certificate"]
         assert {"step", "check"} <= set(names)
+        assert all(0 < e["wanted"] < float("inf") for e in events if e["event"] == "step")
+
+    def test_resume_changes_the_limits(self, tmp_path: Any) -> None:
+        run = tmp_path / "run.zarr"
+        quiet(CLOUD, until_chi2=0.3, max_samples=4000, run=run)
+        again = distot.resume(run, until_chi2=float("inf"), max_samples=9000, progress=False)
+        assert again.options.until_chi2 is None
+        assert again.reason == "max_samples"
+        assert 4000 < again.samples <= 9000
+        assert distot.load(run).options == again.options
+        with pytest.raises(InputError, match="has spent its 9,000 samples; give a larger"):
+            distot.resume(run, progress=False)
+        lines = (run / "log.jsonl").read_text()
+        assert "Infinity" not in lines
+        assert "NaN" not in lines
 
     def test_gaussian_start_is_exact_for_quadratic_potentials(self) -> None:
         """For source N(0, I) and target moments (m, S) the start is -½ (y - m)^T S^-½ (y - m), math (12)."""
