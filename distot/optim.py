@@ -20,6 +20,7 @@ SMOOTHING = 0.7  # first temperature, in tau; it falls like (1 + t)^-⅓ and the
 SMOOTHING_TURN = 200.0  # t of that turn
 AVERAGING = 4.0  # the average of iterates has weights ~ t³: mix 4 / (t + 4)
 MEMORY = 0.99  # margins are sums that decay by this factor in a unit of time
+OUTLIER = 20.0  # atoms whose margins exceed the median atom's by more count no more in the mean
 PRIOR = 5.0  # wins of mean margin added to each atom's and node's own
 FULL_STEP = 0.2  # expected wins in a batch from which an atom takes the full step; below, one win would move it too far
 
@@ -39,8 +40,7 @@ class State:
     @property
     def margin(self) -> float:
         """tau: the mean margin over all samples, 0 before the first step."""
-        count = float(self.margin_count.sum())
-        return float(self.margin_sum.sum()) / count if count else 0.0
+        return float(mean_margin(self.margin_sum, self.margin_count)) if float(self.margin_count.sum()) else 0.0
 
     @property
     def temperature(self) -> float:
@@ -54,7 +54,19 @@ def starving(state: State, mass: Tensor) -> Tensor:
     return ((expected >= 8) & (state.margin_count < 0.1 * expected)).nonzero()[:, 0]
 
 
+def mean_margin(margin_sum: Tensor, margin_count: Tensor) -> Tensor:
+    """Mean margin, to which an atom contributes at most OUTLIER times the median atom's.
+
+    A single far atom wins its samples by margins of another order of magnitude, and is no measure for the others.
+    """
+    won = margin_count > 0
+    means, counts = margin_sum[won] / margin_count[won], margin_count[won]
+    return (counts @ means.clamp(max=OUTLIER * float(means.median()))) / counts.sum()
+
+
 def begin(heights: Tensor, samples: int) -> State:
+    """The first state. Heights are shifted to a median of 0, which a far atom does not move, and stay about there."""
+    heights = heights - heights.median()
     zero = torch.zeros_like(heights)
     return State(heights, heights, zero, zero, samples=samples)
 
@@ -88,7 +100,7 @@ def update(state: State, tally: Tally, batch: int, first_batch: int, mass: Tenso
     span = batch / first_batch
     margin_sum = MEMORY**span * state.margin_sum + tally.margins
     margin_count = MEMORY**span * state.margin_count + tally.wins
-    tau = margin_sum.sum() / margin_count.sum()
+    tau = mean_margin(margin_sum, margin_count)
 
     def move(hits: Tensor, wanted: Tensor, sums: Tensor, counts: Tensor) -> Tensor:
         own = (sums + PRIOR * tau) / (counts + PRIOR)
@@ -99,8 +111,7 @@ def update(state: State, tally: Tally, batch: int, first_batch: int, mass: Tenso
     for level in tree:
         on_nodes = move(level.sum(tally.hits), level.mass, level.sum(margin_sum), level.sum(margin_count))
         step += NODE_RATE * on_nodes[level.node]
-    heights = state.heights - span * (1 + state.time) ** -DECAY * step
-    heights -= mass @ heights
+    heights = state.heights - span * (1 + state.time) ** -DECAY * (step - mass @ step)
     time = state.time + span
     average = state.average + AVERAGING * span / (time + AVERAGING * span) * (heights - state.average)
     return State(heights, average, margin_sum, margin_count, state.step + 1, time, state.samples + batch)

@@ -39,7 +39,7 @@ def gaussian_heights(problem: Problem) -> Array:
     for rows in blocks(target.n):
         y = target.atoms[rows].double().cpu().numpy() - mean
         heights[rows] = -0.5 * ((y @ whiten) ** 2).sum(axis=1)
-    return heights - float(target.mass @ heights)
+    return heights - float(np.median(heights))
 
 
 def reverse_raise(
@@ -81,7 +81,6 @@ def reverse_raise(
                 scores = _merge(x, -potential[start : start + len(x)], target.atoms, group, scores, poll)
             level = -scores.gather(1, q[:, None] - 1)[:, 0].double().cpu().numpy()
             raised[group] = np.maximum(heights[group], level)
-    raised -= float(target.mass @ raised)
     return raised, samples + round(samples * len(hungry) / target.n)
 
 
@@ -89,12 +88,11 @@ def lift(problem: Problem, heights: Tensor, hungry: Tensor, x: Tensor, potential
     """Brings starving atoms half the way to the height at which each would win one of the samples x (B, d); math (13).
 
     potential: u_h(x) (B,), known from the search of the step. Half the way, again and again, does not pass
-    the height of one win in B, which is too much where B < n. Returns heights, centred, and the work in samples.
+    the height of one win in B, which is too much where B < n. Returns heights and the work in samples.
     """
     reach = assign.build("dense", x)(problem.target.atoms[hungry], -potential, k=1).score[:, 0].double()
     lifted = heights.index_add(0, hungry, 0.5 * (-reach - heights[hungry]).clamp_min(0))
-    mass = torch.as_tensor(problem.target.mass, device=heights.device)
-    return lifted - mass @ lifted, round(len(x) * len(hungry) / problem.target.n)
+    return lifted, round(len(x) * len(hungry) / problem.target.n)
 
 
 def _merge(

@@ -136,15 +136,16 @@ def clusters(n: int) -> NDArray[np.float64]:
     return centres[label] + sizes[label, None] * RNG.standard_normal((n, 20))
 
 
-def far_atom(n: int) -> NDArray[np.float64]:
-    return np.concatenate([RNG.standard_normal((n - 1, 6)), np.full((1, 6), 300.0)])
+def far_atom(n: int, distance: float) -> NDArray[np.float64]:
+    return np.concatenate([RNG.standard_normal((n - 1, 6)), np.full((1, 6), distance)])
 
 
 CLOUDS = {
     "normal": RNG.standard_normal((1000, 10)),
     "heavy tails": RNG.standard_t(2.5, (1000, 10)),
     "clusters": clusters(1000),
-    "far atom": far_atom(1000),
+    "far atom": far_atom(1000, 300.0),
+    "very far atom": far_atom(500, 1e6),
     "plane in space": RNG.standard_normal((1000, 2)) @ RNG.standard_normal((2, 30)),
     "whole numbers": RNG.integers(0, 17, (1000, 12)).astype(np.float64),
     "more dimensions than latents": RNG.standard_normal((200, 300)),
@@ -252,6 +253,12 @@ class TestParts:
         assert hard.margins.tolist() == [1, 0, 0]
         p = 1 / (1 + np.exp(-1))
         assert soft.hits.tolist() == pytest.approx([p + 0.5, 1 - p, 0.5])
+
+    def test_one_far_atom_does_not_set_the_mean_margin(self) -> None:
+        sums = torch.tensor([1.0, 2.0, 3.0, 1e6, 0.0], dtype=torch.float64)
+        counts = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0], dtype=torch.float64)
+        assert float(optim.mean_margin(sums, counts)) == pytest.approx((1 + 2 + 3 + 20 * 2) / 4)
+        assert float(optim.mean_margin(sums[:3], counts[:3])) == pytest.approx(2)
 
     def test_batches_grow_only_late(self) -> None:
         assert batch(10_000, 0) == batch(10_000, 250) == first_batch(10_000) == 2000
