@@ -20,7 +20,7 @@ SMOOTHING = 0.7  # first temperature, in tau; it falls like (1 + t)^-⅓ and the
 SMOOTHING_TURN = 200.0  # t of that turn
 AVERAGING = 4.0  # the average of iterates has weights ~ t³: mix 4 / (t + 4)
 MEMORY = 0.99  # margins are sums that decay by this factor in a unit of time
-OUTLIER = 20.0  # atoms whose margins exceed the median atom's by more count no more in the mean
+OUTLIER = 100.0  # atoms whose margins exceed the median atom's by more count no more in the mean
 PRIOR = 5.0  # wins of mean margin added to each atom's and node's own
 FULL_STEP = 0.2  # expected wins in a batch from which an atom takes the full step; below, one win would move it too far
 

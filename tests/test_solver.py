@@ -257,7 +257,7 @@ class TestParts:
     def test_one_far_atom_does_not_set_the_mean_margin(self) -> None:
         sums = torch.tensor([1.0, 2.0, 3.0, 1e6, 0.0], dtype=torch.float64)
         counts = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0], dtype=torch.float64)
-        assert float(optim.mean_margin(sums, counts)) == pytest.approx((1 + 2 + 3 + 20 * 2) / 4)
+        assert float(optim.mean_margin(sums, counts)) == pytest.approx((1 + 2 + 3 + 100 * 2) / 4)
         assert float(optim.mean_margin(sums[:3], counts[:3])) == pytest.approx(2)
 
     def test_batches_grow_only_late(self) -> None:
