@@ -118,9 +118,11 @@ def resume(
         need_space(Path(run), _checkpoint_bytes(problem))
         if found is None or not found.started:
             return _drive(case, None, remarks, progress, on_event)
+        work = problem.orbit.work
+        rule = StopRule(problem.target.n, options.until_chi2, work)
         if until_chi2 is not None and found.history:
-            found = replace(found, next_check=StopRule(problem.target.n, options.until_chi2).next(found.history))
-        spent = found.state.samples + batch(problem.target.n, found.state.time)
+            found = replace(found, next_check=rule.next(found.history))
+        spent = found.state.samples + work * batch(problem.target.n, work, found.state.time)
         if options.max_samples is not None and options.max_samples < spent:
             done = f"has spent its {options.max_samples:,} samples; give a larger --max-samples to go on"
         elif found.reason == "until_chi2" and until_chi2 is None:
@@ -213,7 +215,7 @@ def _drive(
                 watch.tell("note", text=note)
                 warnings.warn(note, DistotWarning, stacklevel=3)
             if progress is None:
-                progress = solver.begin(problem, assigner, options, watch)
+                progress = solver.begin(problem, options, watch)
             if progress.reason is None:
                 progress = solver.iterate(problem, assigner, options, watch, progress)
             watch.save(progress.state.step, progress.arrays(), progress.scalars(), must=True)

@@ -1,4 +1,4 @@
-"""The step: averaged stochastic gradient in units of the margin, on atoms (14) and on the nodes of a tree (16).
+"""The step: averaged stochastic Newton steps on the facet graph, damped in units of the margin; docs/math.md (14), (16).
 
 Pure functions from state to state, so that a stop at any moment leaves the last whole state behind.
 Legend: n atoms, B samples of a batch.
@@ -6,22 +6,25 @@ Legend: n atoms, B samples of a batch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from distot import graph
 from distot.assign import Winners
-from distot.tree import Level
 
-RATE, NODE_RATE = 0.5, 0.35  # share of the margin that an atom, a node moves for an excess of one whole mass
+RATE = 0.5  # share of the Newton step that is taken first
 DECAY = 0.5  # steps shrink like (1 + t)^-DECAY
 SMOOTHING = 0.7  # first temperature, in tau; it falls like (1 + t)^-⅓ and then, so that no bias stays, like 1 / t
 SMOOTHING_TURN = 200.0  # t of that turn
-AVERAGING = 4.0  # the average of iterates has weights ~ t³: mix 4 / (t + 4)
-MEMORY = 0.99  # margins are sums that decay by this factor in a unit of time
+AVERAGING = 2.0  # the average of iterates has weights ~ t: mix 2 / (t + 2)
+MEMORY = 0.98  # margins are sums that decay by this factor in a unit of time
+PAIRS_PER_ATOM = 8  # latest pairs of winner and runner-up that make up the graph
+DAMPING_FIRST, DAMPING_LEAST, DAMPING_MOST = 1.0, 0.01, 4.0  # of the Newton step, times nu_i / tau_i
+STRETCH = 0.5  # damping aims at steps that move paired atoms apart by this many margins at most, root mean square
 OUTLIER = 100.0  # atoms whose margins exceed the median atom's by more count no more in the mean
-PRIOR = 5.0  # wins of mean margin added to each atom's and node's own
+PRIOR = 5.0  # wins of mean margin added to each atom's own
 FULL_STEP = 0.2  # expected wins in a batch from which an atom takes the full step; below, one win would move it too far
 
 
@@ -33,6 +36,8 @@ class State:
     average: Tensor  # the answer
     margin_sum: Tensor  # decayed sum of margins of the samples that each atom won
     margin_count: Tensor  # decayed number of those samples
+    pairs: Tensor  # (2, m) int32, winner and runner-up of the latest m <= PAIRS_PER_ATOM n samples
+    damping: float = DAMPING_FIRST
     step: int = 0
     time: float = 0.0  # t of the formulas: samples of all steps, in first batches
     samples: int = 0  # all search work so far, in plain samples
@@ -68,19 +73,22 @@ def begin(heights: Tensor, samples: int) -> State:
     """The first state. Heights are shifted to a median of 0, which a far atom does not move, and stay about there."""
     heights = heights - heights.median()
     zero = torch.zeros_like(heights)
-    return State(heights, heights, zero, zero, samples=samples)
+    pairs = torch.empty(2, 0, dtype=torch.int32, device=heights.device)
+    return State(heights, heights, zero, zero, pairs, samples=samples)
 
 
 @dataclass(frozen=True)
 class Tally:
-    """What a batch says about each atom: sums over its samples, float64 (n,)."""
+    """What a batch says about each atom: sums over its samples, float64 (n,); and the pairs (2, B) int32."""
 
     hits: Tensor  # smoothed number of samples won
     wins: Tensor
     margins: Tensor  # summed over the samples won
+    pairs: Tensor  # winner and runner-up of each sample
 
     def __add__(self, other: Tally) -> Tally:
-        return Tally(self.hits + other.hits, self.wins + other.wins, self.margins + other.margins)
+        pairs = torch.cat([self.pairs, other.pairs], dim=1)
+        return Tally(self.hits + other.hits, self.wins + other.wins, self.margins + other.margins, pairs)
 
 
 def count(near: Winners, temperature: float, n: int) -> Tally:
@@ -89,29 +97,45 @@ def count(near: Winners, temperature: float, n: int) -> Tally:
     share = torch.sigmoid(margin / temperature) if temperature > 0 else torch.ones_like(margin)
     zero = torch.zeros(n, dtype=torch.float64, device=best.device)
     hits = zero.index_add(0, best, share).index_add_(0, near.index[:, 1], 1 - share)
-    return Tally(hits, zero.index_add(0, best, torch.ones_like(share)), zero.index_add(0, best, margin))
+    wins, margins = zero.index_add(0, best, torch.ones_like(share)), zero.index_add(0, best, margin)
+    return Tally(hits, wins, margins, near.index[:, :2].T.int())
 
 
-def update(state: State, tally: Tally, batch: int, first_batch: int, mass: Tensor, tree: list[Level]) -> State:
-    """One step of (14) and (16) from the tally of ``batch`` samples.
+def update(state: State, tally: Tally, first_batch: int, mass: Tensor, work: int) -> State:
+    """One step of (14) with (16) from the tally of a batch, which cost ``work`` plain samples.
 
     A batch of s first batches is a step of length s: late steps, which are short, may so be taken together.
+    The damping follows the steps: more of it where they stretch pairs of neighbours beyond STRETCH margins, where
+    the graph, which is a linear picture, is no longer to be trusted; less of it where they do not.
     """
+    batch = tally.pairs.shape[1]
     span = batch / first_batch
     margin_sum = MEMORY**span * state.margin_sum + tally.margins
     margin_count = MEMORY**span * state.margin_count + tally.wins
-    tau = mean_margin(margin_sum, margin_count)
+    margin = (margin_sum + PRIOR * mean_margin(margin_sum, margin_count)) / (margin_count + PRIOR)
+    pairs = torch.cat([state.pairs, tally.pairs], dim=1)[:, -PAIRS_PER_ATOM * len(mass) :]
 
-    def move(hits: Tensor, wanted: Tensor, sums: Tensor, counts: Tensor) -> Tensor:
-        own = (sums + PRIOR * tau) / (counts + PRIOR)
-        expected = wanted * batch
-        return own * (hits / expected - 1) * (expected / FULL_STEP).clamp(max=1)
-
-    step = RATE * move(tally.hits, mass, margin_sum, margin_count)
-    for level in tree:
-        on_nodes = move(level.sum(tally.hits), level.mass, level.sum(margin_sum), level.sum(margin_count))
-        step += NODE_RATE * on_nodes[level.node]
-    heights = state.heights - span * (1 + state.time) ** -DECAY * (step - mass @ step)
+    found = graph.build(pairs, margin)
+    excess = (tally.hits / batch - mass) * (mass * batch / FULL_STEP).clamp(max=1)
+    newton = found.solve(-excess, (state.damping * mass / margin).float()).double()
+    step = span * RATE * (1 + state.time) ** -DECAY * (newton - mass @ newton)
+    damping = state.damping * (found.stretch(step) / STRETCH) ** 0.5
     time = state.time + span
+    heights = state.heights + step
     average = state.average + AVERAGING * span / (time + AVERAGING * span) * (heights - state.average)
-    return State(heights, average, margin_sum, margin_count, state.step + 1, time, state.samples + batch)
+    return State(
+        heights,
+        average,
+        margin_sum,
+        margin_count,
+        pairs,
+        min(max(damping, DAMPING_LEAST), DAMPING_MOST),
+        state.step + 1,
+        time,
+        state.samples + work,
+    )
+
+
+def lifted(state: State, heights: Tensor, work: int) -> State:
+    """The state with other heights, found with ``work`` plain samples."""
+    return replace(state, heights=heights, samples=state.samples + work)

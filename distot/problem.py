@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distot.errors import InputError
+from distot.orbit import Orbit
 from distot.power import Array, Frame
 from distot.source import BLOCK, Key, Source, Stream, as_source
 from distot.target import Rows, Target, build_target, check_rows
@@ -25,15 +26,21 @@ class Problem:
     frame: Frame
     source_cov: Array  # (d, d), user units
     seed: int
+    orbit: Orbit
 
-    def keys(self, stream: Stream, step: int, samples: int) -> Iterator[tuple[Key, int]]:
+    def keys(self, stream: Stream, step: int, samples: int, block: int = BLOCK) -> Iterator[tuple[Key, int]]:
         """Blocks that make up ``samples`` samples of one step: (key, size of the block)."""
-        for block, start in enumerate(range(0, samples, BLOCK)):
-            yield Key(self.seed, stream, step, block), min(BLOCK, samples - start)
+        for number, first in enumerate(range(0, samples, block)):
+            yield Key(self.seed, stream, step, number, first), min(block, samples - first)
 
-    def draw(self, key: Key, n: int) -> Tensor:
-        """Samples (n, d) float32 in the frame, on the atoms' device."""
-        return self.frame.source_in(self.source.draw(key, n)).to(self.target.atoms.device)
+    def batch(self, stream: Stream, step: int, samples: int) -> Iterator[Tensor]:
+        """At least ``samples`` samples of one step, whole orbits, by blocks (at most BLOCK, d) float32 in the frame.
+
+        Each has the law of the source, but those of an orbit depend on each other: for steps, not for error bars.
+        """
+        size, device = self.orbit.size, self.target.atoms.device
+        for key, draws in self.keys(stream, step, -(-samples // size), BLOCK // size):
+            yield self.frame.source_in(self.source.draw_orbits(key, draws, self.orbit)).to(device)
 
 
 def build_problem(
@@ -49,7 +56,7 @@ def build_problem(
     mean, cov = found.moments(seed)
     target, frame = build_target(latents, mass, (mean, cov))
     target = Target(**(vars(target) | {"atoms": target.atoms.to(where)}))
-    return Problem(found, target, frame, cov, seed)
+    return Problem(found, target, frame, cov, seed, Orbit(found.dim, found.symmetry, seed))
 
 
 def resolve_device(device: str) -> torch.device:

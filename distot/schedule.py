@@ -14,7 +14,7 @@ import numpy as np
 from distot.certify import LEVEL, Estimate, chi2_upper
 from distot.errors import InputError
 
-BATCH_SHARE, BATCH_LEAST = 5, 32  # the first steps draw n / 5 samples each, at least 32
+BATCH_SHARE, BATCH_LEAST = 5, 32  # the first steps draw n / (5 work^½) samples of this work each, at least 32
 BATCH_GROWTH = 16  # a step t first batches into the run draws max(1, t^½ / 16) first batches
 
 
@@ -49,14 +49,14 @@ class Options:
         return asdict(self)
 
 
-def first_batch(n: int) -> int:
-    """Samples in the first steps."""
-    return max(BATCH_LEAST, n // BATCH_SHARE)
+def first_batch(n: int, work: float) -> int:
+    """Samples in the first steps, each of which costs ``work`` plain samples: cheap ones come in larger batches."""
+    return max(BATCH_LEAST, int(n / BATCH_SHARE * work**-0.5))
 
 
-def batch(n: int, time: float) -> int:
+def batch(n: int, work: float, time: float) -> int:
     """Samples in a step that begins ``time`` first batches into the run: more as the steps get shorter."""
-    return int(first_batch(n) * max(1.0, time**0.5 / BATCH_GROWTH))
+    return int(first_batch(n, work) * max(1.0, time**0.5 / BATCH_GROWTH))
 
 
 @dataclass(frozen=True)
@@ -86,10 +86,11 @@ class StopRule:
 
     n: int
     goal: float | None
+    work: float = 1.0  # of a sample of the steps, in plain samples
 
     def first(self, samples: int) -> int:
         """Samples at which to look first."""
-        return samples + 5 * self.n
+        return samples + max(1, round(5 * self.n * self.work))
 
     def close(self, samples: int, history: tuple[Check, ...]) -> bool:
         """Whether the look that is due is a close one."""
@@ -123,7 +124,7 @@ class StopRule:
         if self.goal is None:
             return float("inf")
         if not history:
-            return 2.0 * self.n / self.goal
+            return 2.0 * self.work * self.n / self.goal
         last = history[-1]
         reach = NormalDist().inv_cdf(1 - self._spent(history)) * self._error(history)
         left = self.goal - reach  # chi2_upper is at the goal where v + reach + reach² / (2 v) = goal
@@ -140,7 +141,7 @@ class StopRule:
 
     def _limit(self, samples: int) -> float:
         """About the least chi2 to hope for after so many samples, math (11)."""
-        return 1.2 * self.n / max(samples, 1)
+        return 1.2 * self.work * self.n / max(samples, 1)
 
     def _look(self, error: float) -> int:
         """Samples whose chi2 has this standard error near the solution."""
@@ -149,8 +150,8 @@ class StopRule:
     def _error(self, history: tuple[Check, ...]) -> float:
         """Standard error that a close look after ``history`` should have: less as its limit has to reach further.
 
-        At first goal / r with r = 1.4 n^¼, optimal for e ~ ½; r >= 8 leaves room below the goal.
+        At first goal / r with r = 1.2 (work² n)^¼, optimal for e ~ 0.9 / work; r >= 8 leaves room below the goal.
         """
         assert self.goal is not None
         reach = NormalDist().inv_cdf(1 - self._spent(())) / NormalDist().inv_cdf(1 - self._spent(history))
-        return float(self.goal / min(64.0, max(8.0, 1.4 * self.n**0.25)) * reach)
+        return float(self.goal / min(64.0, max(8.0, 1.2 * self.work**0.5 * self.n**0.25)) * reach)

@@ -16,17 +16,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distot import optim, schedule, start, tree
+from distot import descent, optim, schedule, start, tree
 from distot.assign import Assigner
 from distot.certify import Certificate, cell_counts, certify, chi2, default_samples
-from distot.optim import State, Tally
+from distot.optim import State
 from distot.problem import Problem
 from distot.schedule import Check, Options, StopRule
 from distot.source import BLOCK, Stream
 from distot.watch import Stop, Watch
 
-VECTORS = ("heights", "average", "margin_sum", "margin_count")
-LIFT_EVERY = 10  # steps between two looks for starving atoms
+ARRAYS = ("heights", "average", "margin_sum", "margin_count", "pairs")
 RESERVE = 0.2  # at most this share of max_seconds is kept for the certificate
 
 
@@ -35,7 +34,6 @@ class Progress:
     """Where a run stands; with the problem and the options, all that is needed to go on."""
 
     state: State
-    nodes: tuple[Tensor, ...]  # of the tree, by level
     next_check: int
     history: tuple[Check, ...] = ()
     started: bool = True  # False if even the start was cut short; then it is done again on resume
@@ -43,13 +41,13 @@ class Progress:
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Arrays of a checkpoint."""
-        vectors = {name: getattr(self.state, name).cpu().numpy() for name in VECTORS}
-        return vectors | {f"nodes-{i}": node.cpu().numpy().astype(np.int32) for i, node in enumerate(self.nodes)}
+        return {name: getattr(self.state, name).cpu().numpy() for name in ARRAYS}
 
     def scalars(self) -> dict[str, Any]:
         """Scalars of a checkpoint."""
         return {
             "step": self.state.step,
+            "damping": self.state.damping,
             "time": self.state.time,
             "samples": self.state.samples,
             "next_check": self.next_check,
@@ -61,11 +59,10 @@ class Progress:
 
 def restore(arrays: dict[str, NDArray[Any]], scalars: dict[str, Any], device: torch.device) -> Progress:
     """The inverse of ``Progress.arrays`` and ``Progress.scalars``, ready to run on."""
-    vectors = {name: torch.as_tensor(arrays[name], device=device) for name in VECTORS}
-    nodes = sorted((name for name in arrays if name.startswith("nodes-")), key=lambda name: int(name[6:]))
+    tensors = {name: torch.as_tensor(arrays[name], device=device) for name in ARRAYS}
+    numbers = {name: scalars[name] for name in ("damping", "step", "time", "samples")}
     return Progress(
-        State(**vectors, step=scalars["step"], time=scalars["time"], samples=scalars["samples"]),
-        tuple(torch.as_tensor(arrays[name].astype(np.int64)) for name in nodes),
+        State(**tensors, **numbers),
         scalars["next_check"],
         tuple(Check(**check) for check in scalars["history"]),
         scalars["started"],
@@ -73,69 +70,47 @@ def restore(arrays: dict[str, NDArray[Any]], scalars: dict[str, Any], device: to
     )
 
 
-def begin(problem: Problem, assigner: Assigner, options: Options, watch: Watch) -> Progress:
-    """Gaussian start, tree, reverse raise. Stopped early, it returns what is known by then, with the reason."""
-    n, device = problem.target.n, problem.target.atoms.device
-    heights, samples, reason = start.gaussian_heights(problem), 0, None
-    nodes: tuple[Tensor, ...] = ()
-    spare = float("inf") if options.max_samples is None else options.max_samples // 4  # for either part of the start
-    raise_samples = int(min(start.SAMPLES_PER_ATOM * n, spare))
+def begin(problem: Problem, options: Options, watch: Watch) -> Progress:
+    """Gaussian and multilevel start. Stopped early, it returns what is known by then, with the reason."""
+    n, work, reason = problem.target.n, problem.orbit.work, None
+    heights, samples = start.normal(problem).heights(problem.target.atoms), 0
+    spare = float("inf") if options.max_samples is None else options.max_samples // 4
     reserve = RESERVE * (options.max_seconds or 0.0)
     try:
         watch.poll(reserve)
-        if tree.work(n) <= spare:
-            watch.tell("tree", levels=tree.widths(n))
-            nodes = tuple(tree.grow(problem.target.atoms, problem.seed))
-            samples += tree.work(n)
-        if raise_samples:
-            watch.tell("raise", samples=raise_samples)
-            with watch.timed(raise_samples):
-                heights, raised = start.reverse_raise(
-                    problem, assigner, heights, raise_samples, lambda: watch.poll(reserve)
-                )
-            samples += raised
+        if start.work(n, work) <= spare:
+            watch.tell("start", nodes=tree.widths(n))
+            heights, samples = start.multilevel(problem, options.assigner, lambda: watch.poll(reserve))
     except Stop as stop:
         reason = stop.reason
-    state = optim.begin(torch.as_tensor(heights, device=device), samples)
-    check = StopRule(n, options.until_chi2).first(samples)
-    return Progress(state, nodes, check, started=reason is None, reason=reason)
+    check = StopRule(n, options.until_chi2, work).first(samples)
+    return Progress(optim.begin(heights, samples), check, started=reason is None, reason=reason)
 
 
 def iterate(problem: Problem, assigner: Assigner, options: Options, watch: Watch, progress: Progress) -> Progress:
     """Steps until the goal, the budget or a signal; the reason is in the result. Checkpoints on the way."""
-    n, device = problem.target.n, problem.target.atoms.device
+    n, device, work = problem.target.n, problem.target.atoms.device, problem.orbit.work
     mass = torch.as_tensor(problem.target.mass, device=device)
-    levels = tree.levels(list(progress.nodes), problem.target.mass, device)
-    rule = StopRule(n, options.until_chi2)
+    rule = StopRule(n, options.until_chi2, work)
     limit = float("inf") if options.max_samples is None else options.max_samples
     try:
         while True:
             state = progress.state
             reserve = certificate_seconds(options, n, watch.seconds_per_sample)
+            poll = partial(watch.poll, reserve)
             size = rule.size(state.samples, progress.history)
             if progress.next_check <= state.samples <= limit - size:
                 with watch.timed(size):
-                    progress = look(problem, assigner, rule, progress, size, partial(watch.poll, reserve))
+                    progress = look(problem, assigner, rule, progress, size, poll)
                 watch.tell("check", **progress.history[-1].to_dict())
                 if rule.done(progress.history):
                     return replace(progress, reason="until_chi2")
                 continue
-            size = schedule.batch(n, state.time)
-            if state.samples + size > limit:
+            size = schedule.batch(n, work, state.time)
+            if state.samples + size * work > limit:
                 return replace(progress, reason="max_samples")
-            tally: Tally | None = None
             with watch.timed(size):
-                for key, block in problem.keys(Stream.STEP, state.step, size):
-                    watch.poll(reserve)
-                    x = problem.draw(key, block)
-                    near = assigner(x, state.heights, k=2)
-                    counted = optim.count(near, state.temperature, n)
-                    tally = counted if tally is None else tally + counted
-                assert tally is not None
-                state = optim.update(state, tally, size, schedule.first_batch(n), mass, levels)
-                if state.step % LIFT_EVERY == 0 and len(hungry := optim.starving(state, mass)):
-                    lifted, work = start.lift(problem, state.heights, hungry, x, near.score[:, 0])
-                    state = replace(state, heights=lifted, samples=state.samples + work)
+                state = descent.advance(problem, assigner, state, mass, Stream.STEP, state.step, poll)
             progress = replace(progress, state=state)
             watch.tell(
                 "step",

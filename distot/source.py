@@ -1,4 +1,4 @@
-"""Sources: what the mass is moved from. Samples are a function of (seed, stream, step, block) alone.
+"""Sources: what the mass is moved from. Samples are a function of a key (seed, stream, step, block) alone.
 
 A source turns uniform numbers into samples, so every one of them can be drawn either independently
 (estimators with error bars) or as scrambled Sobol points (the solver's steps, where evenly spread points
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.quasirandom import SobolEngine
 
 from distot.errors import InputError
+from distot.orbit import Orbit, Symmetry
 from distot.power import Array
 
 BLOCK = 4096
@@ -44,6 +45,7 @@ class Key(NamedTuple):
     stream: Stream
     step: int
     block: int
+    first: int = 0  # points of the step before this block, where points are evenly spread over the step
 
     def generator(self) -> np.random.Generator:
         """A counter-based generator of this block's own."""
@@ -57,17 +59,18 @@ def uniforms(key: Key, n: int, columns: int) -> Tensor:
         sequence = np.random.SeedSequence(key.seed, spawn_key=(key.stream, key.step))
         scramble = int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
         engine = SobolEngine(columns, scramble=True, seed=scramble)
-        if key.block:
-            engine.fast_forward(key.block * BLOCK)
+        if key.first:
+            engine.fast_forward(key.first)
         return engine.draw(n, dtype=torch.float64) + 0.5 * 2.0**-SobolEngine.MAXBIT
     u = key.generator().random((n, columns))
     return torch.from_numpy(np.maximum(u, 2.0**-54))
 
 
 class Source(ABC):
-    """A probability on R^d that can be sampled."""
+    """A probability on R^d that can be sampled: ``place`` of a variable about zero, which has a ``symmetry``."""
 
     kind: ClassVar[str]
+    symmetry: ClassVar[Symmetry] = "none"
 
     def __init__(self, dim: int) -> None:
         if dim < 1:
@@ -75,8 +78,21 @@ class Source(ABC):
         self.dim = dim
 
     @abstractmethod
+    def centred(self, key: Key, n: int) -> Tensor:
+        """The variable about zero (n, d) float64 of the block named by ``key``; all rotations, or all sign flips of
+        its coordinates, keep its law if ``symmetry`` says so."""
+
+    def place(self, z: Tensor) -> Tensor:
+        """Samples (n, d) in user units from the variable about zero."""
+        return z
+
     def draw(self, key: Key, n: int) -> Tensor:
         """Samples (n, d) float64 of the block named by ``key``."""
+        return self.place(self.centred(key, n))
+
+    def draw_orbits(self, key: Key, n: int, orbit: Orbit) -> Tensor:
+        """The orbits (n T, d) float64 of n draws: each point has the law of the source, points of one orbit depend."""
+        return self.place(orbit.expand(self.centred(key, n)))
 
     @abstractmethod
     def moments(self, seed: int) -> tuple[Array, Array]:
@@ -91,6 +107,7 @@ class Gaussian(Source):
     """Normal distribution. ``mean``: scalar or (d,). ``cov``: scalar, (d,) variances or (d, d) matrix."""
 
     kind = "gaussian"
+    symmetry = "rotations"
 
     def __init__(self, mean: ArrayLike = 0.0, cov: ArrayLike = 1.0, dim: int | None = None) -> None:
         m, c = np.asarray(mean, dtype=np.float64), np.asarray(cov, dtype=np.float64)
@@ -124,8 +141,10 @@ class Gaussian(Source):
             raise InputError(f"Gaussian: cov is not positive semi-definite, an eigenvalue is {values[0]:.3g}")
         return torch.from_numpy((vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T)
 
-    def draw(self, key: Key, n: int) -> Tensor:
-        z = torch.special.ndtri(uniforms(key, n, self.dim))
+    def centred(self, key: Key, n: int) -> Tensor:
+        return torch.special.ndtri(uniforms(key, n, self.dim))
+
+    def place(self, z: Tensor) -> Tensor:
         return torch.from_numpy(self.mean) + (z @ self._root if self._root.ndim == 2 else z * self._root)
 
     def moments(self, seed: int) -> tuple[Array, Array]:
@@ -140,6 +159,7 @@ class Cube(Source):
     """Uniform on the box [low, high]^d."""
 
     kind = "cube"
+    symmetry = "signs"
 
     def __init__(self, dim: int, low: float = 0.0, high: float = 1.0) -> None:
         super().__init__(dim)
@@ -147,8 +167,11 @@ class Cube(Source):
             raise InputError(f"Cube: low {low} must be below high {high}, both finite")
         self.low, self.high = float(low), float(high)
 
-    def draw(self, key: Key, n: int) -> Tensor:
-        return self.low + (self.high - self.low) * uniforms(key, n, self.dim)
+    def centred(self, key: Key, n: int) -> Tensor:
+        return (self.high - self.low) * (uniforms(key, n, self.dim) - 0.5)
+
+    def place(self, z: Tensor) -> Tensor:
+        return z + 0.5 * (self.low + self.high)
 
     def moments(self, seed: int) -> tuple[Array, Array]:
         side = self.high - self.low
@@ -160,6 +183,8 @@ class Cube(Source):
 
 class Round(Source):
     """What ball and sphere share: a centre, a radius, and a uniform direction."""
+
+    symmetry = "rotations"
 
     def __init__(self, dim: int, radius: float = 1.0, centre: ArrayLike = 0.0) -> None:
         super().__init__(dim)
@@ -177,6 +202,9 @@ class Round(Source):
         z = torch.special.ndtri(u)
         return z / z.norm(dim=1, keepdim=True)
 
+    def place(self, z: Tensor) -> Tensor:
+        return z + torch.from_numpy(self.centre)
+
     def spec(self) -> tuple[Spec, dict[str, NDArray[Any]]]:
         return {"kind": self.kind, "dim": self.dim, "radius": self.radius}, {"centre": self.centre}
 
@@ -186,10 +214,9 @@ class Ball(Round):
 
     kind = "ball"
 
-    def draw(self, key: Key, n: int) -> Tensor:
+    def centred(self, key: Key, n: int) -> Tensor:
         u = uniforms(key, n, self.dim + 1)
-        r = self.radius * u[:, -1:] ** (1.0 / self.dim)
-        return torch.from_numpy(self.centre) + r * self._directions(u[:, :-1])
+        return self.radius * u[:, -1:] ** (1.0 / self.dim) * self._directions(u[:, :-1])
 
     def moments(self, seed: int) -> tuple[Array, Array]:
         return self.centre, np.eye(self.dim) * self.radius**2 / (self.dim + 2)
@@ -200,8 +227,8 @@ class Sphere(Round):
 
     kind = "sphere"
 
-    def draw(self, key: Key, n: int) -> Tensor:
-        return torch.from_numpy(self.centre) + self.radius * self._directions(uniforms(key, n, self.dim))
+    def centred(self, key: Key, n: int) -> Tensor:
+        return self.radius * self._directions(uniforms(key, n, self.dim))
 
     def moments(self, seed: int) -> tuple[Array, Array]:
         return self.centre, np.eye(self.dim) * self.radius**2 / self.dim
@@ -225,7 +252,7 @@ class Samples(Source):
         super().__init__(int(r.shape[1]))
         self.rows = r
 
-    def draw(self, key: Key, n: int) -> Tensor:
+    def centred(self, key: Key, n: int) -> Tensor:
         index = (uniforms(key, n, 1)[:, 0] * len(self.rows)).long().clamp_max(len(self.rows) - 1)
         return torch.from_numpy(self.rows[index.numpy()].astype(np.float64))
 
@@ -249,7 +276,7 @@ class Sampler(Source):
         super().__init__(dim)
         self.sample = sample
 
-    def draw(self, key: Key, n: int) -> Tensor:
+    def centred(self, key: Key, n: int) -> Tensor:
         x = np.asarray(self.sample(key.generator(), n), dtype=np.float64)
         if x.shape != (n, self.dim):
             raise InputError(f"the sampler gave an array of shape {x.shape} where ({n}, {self.dim}) was asked for")

@@ -1,110 +1,130 @@
-"""Where the solver starts: heights of the Gaussian problem (12), then hungry atoms raised at one stroke (13)."""
+"""Where the solver starts: heights of the Gaussian problem (12) on a few centroids, refined from level to level.
+
+Legend: n atoms, K nodes, d dimension. Everything is in the frame.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from distot import assign
-from distot.assign import Assigner
+from distot import assign, descent, optim, schedule, tree
 from distot.power import Array
 from distot.problem import Problem
 from distot.source import Stream
 from distot.target import blocks
+from distot.tree import Level
 
 CLAMP = 1e-12  # smallest eigenvalue of S0^½ S S0^½, relative to the largest
-SAMPLES_PER_ATOM = 2
-MOST_WANTED = 32  # an atom of large mass is raised to at most this many of the samples
-CHUNK_BYTES = 128 << 20  # samples that are held at once for the reverse search
+SAMPLES_PER_NODE = 30  # for the steps on a level, of a source without symmetry
+CENTRE_SAMPLES = 10  # for each node's cell centre; at least CENTRE_LEAST on a level
+CENTRE_LEAST = 256
+STEPS = 1 << 20  # step numbers set aside for a level
 
 
-def gaussian_heights(problem: Problem) -> Array:
-    """Heights (n,) in the frame of the optimal map between Gaussians with the moments of source and target.
+@dataclass(frozen=True)
+class Normal:
+    """The Brenier map between Gaussians with the moments of source and target; math (12)."""
 
-    math (12), with B^-1 = R (R S R)^-½ R and R = S0^½. Costs two eigendecompositions (d, d) and n d² flops.
-    """
-    target = problem.target
-    mean, cov = target.moments()
+    mean: Array  # (d,) of the target; the source's is 0 in the frame
+    whiten: Array  # (d, d), |(y - mean) whiten|² = (y - mean)ᵀ B^-1 (y - mean)
+
+    def length(self, y: Tensor) -> Tensor:
+        """yᵀ B^-1 y of vectors (n, d) -> (n,) float64."""
+        return (y.double() @ torch.as_tensor(self.whiten, device=y.device)).square().sum(dim=1)
+
+    def heights(self, y: Tensor) -> Tensor:
+        """Heights (n,) of points (n, d), with B^-1 = R (R S R)^-½ R and R = S0^½."""
+        mean = torch.as_tensor(self.mean, device=y.device)
+        return torch.cat([-0.5 * self.length(y[rows].double() - mean) for rows in blocks(len(y))])
+
+    def inverse(self, y: Tensor) -> Tensor:
+        """Where the map takes y (n, d) from, (n, d) float64."""
+        whiten = torch.as_tensor(self.whiten, device=y.device)
+        return (y.double() - torch.as_tensor(self.mean, device=y.device)) @ whiten @ whiten.T
+
+
+def normal(problem: Problem) -> Normal:
+    """Costs n d² flops and two eigendecompositions (d, d)."""
+    mean, cov = problem.target.moments()
     values, vectors = np.linalg.eigh(problem.source_cov / problem.frame.source_scale**2)
     root = (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
     spectrum, axes = np.linalg.eigh(root @ cov @ root)
     largest = float(spectrum[-1])
     if largest <= 0:
-        return np.zeros(target.n)
-    whiten = root @ axes * np.maximum(spectrum, CLAMP * largest) ** -0.25  # |(y - m) whiten|² = (y - m) B^-1 (y - m)
-    heights = np.empty(target.n)
-    for rows in blocks(target.n):
-        y = target.atoms[rows].double().cpu().numpy() - mean
-        heights[rows] = -0.5 * ((y @ whiten) ** 2).sum(axis=1)
-    return heights - float(np.median(heights))
+        return Normal(mean, np.zeros_like(cov))
+    return Normal(mean, root @ axes * np.maximum(spectrum, CLAMP * largest) ** -0.25)
 
 
-def reverse_raise(
-    problem: Problem, assigner: Assigner, heights: Array, samples: int, poll: Callable[[], None]
-) -> tuple[Array, int]:
-    """Lifts hungry atoms to the height at which each, the others held still, catches its mass; math (13).
+def work(n: int, orbit_work: float) -> int:
+    """What ``multilevel`` costs, in plain samples, give or take a batch."""
+    solving = sum(
+        orbit_work * k / n * (SAMPLES_PER_NODE * k * orbit_work**-0.5 + max(CENTRE_LEAST, CENTRE_SAMPLES * k))
+        for k in tree.widths(n)
+    )
+    return tree.work(n) + round(solving)
 
-    Hungry is an atom that wins at most half of the q_i = nu_i M samples it should, q_i rounded and not 0. An atom that
-    should win more than MOST_WANTED is raised to that many only. Heights only rise. Returns heights and the work in
-    samples: M for the search, and M times the share of hungry atoms for the search with swapped roles.
-    ``poll`` is called between blocks and may raise to stop.
+
+def multilevel(problem: Problem, assigner: str, poll: Callable[[], None]) -> tuple[Tensor, int]:
+    """Heights (n,) float64 and the work for them: solves for ever more centroids, then refines to the atoms.
+
+    ``poll`` is called between batches and may raise to stop.
     """
-    target, device = problem.target, problem.target.atoms.device
-    keys = list(problem.keys(Stream.START, 0, samples))
-    potential = torch.empty(samples, device=device)
-    hits = torch.zeros(target.n, dtype=torch.float64, device=device)
-    h = torch.as_tensor(heights, device=device)
-    done = 0
-    for key, size in keys:
-        poll()
-        near = assigner(problem.draw(key, size), h, k=1)
-        potential[done : done + size] = near.score[:, 0]
-        hits += torch.bincount(near.index[:, 0], minlength=target.n)
-        done += size
-
-    expected = np.rint(target.mass * samples)
-    wanted = np.clip(expected, 1, min(MOST_WANTED, samples)).astype(np.int64)
-    hungry = np.flatnonzero((hits.cpu().numpy() <= 0.5 * expected) & (expected > 0))
-    raised = heights.copy()
-    per_chunk = max(1, CHUNK_BYTES // (4 * target.dim * keys[0][1]))
-    for group in (hungry[wanted[hungry] <= 2], hungry[wanted[hungry] > 2]):
-        if len(group):
-            q = torch.as_tensor(wanted[group], device=device)
-            scores = torch.full((len(group), int(q.max())), -torch.inf, device=device)  # best found, descending
-            for first in range(0, len(keys), per_chunk):
-                chunk = keys[first : first + per_chunk]
-                x = torch.cat([problem.draw(key, size) for key, size in chunk])
-                start = sum(size for _, size in keys[:first])
-                scores = _merge(x, -potential[start : start + len(x)], target.atoms, group, scores, poll)
-            level = -scores.gather(1, q[:, None] - 1)[:, 0].double().cpu().numpy()
-            raised[group] = np.maximum(heights[group], level)
-    return raised, samples + round(samples * len(hungry) / target.n)
+    guess = normal(problem)
+    levels = tree.grow(problem.target.atoms, problem.target.mass, problem.seed)
+    samples = float(tree.work(problem.target.n))
+    if not levels:
+        return guess.heights(problem.target.atoms), 0
+    heights = guess.heights(levels[0].atoms)
+    for number, level in enumerate(levels):
+        finer = levels[number + 1].atoms if number + 1 < len(levels) else problem.target.atoms
+        coarse = replace(problem, target=problem.target.replaced(level.atoms, level.mass))
+        heights, spent = _solve(coarse, assigner, heights, number * STEPS, poll)
+        centres, counted = _centres(coarse, assigner, heights, (number + 1) * STEPS - 1, guess)
+        heights = prolong(heights, centres, level, finer, guess)
+        samples += (spent + counted) * len(level.mass) / problem.target.n
+    return heights, round(samples)
 
 
-def lift(problem: Problem, heights: Tensor, hungry: Tensor, x: Tensor, potential: Tensor) -> tuple[Tensor, int]:
-    """Brings starving atoms half the way to the height at which each would win one of the samples x (B, d); math (13).
+def prolong(heights: Tensor, centres: Tensor, level: Level, finer: Tensor, guess: Normal) -> Tensor:
+    """Heights of finer atoms, to second order about their node: h - <centre of its cell, dy> - ½ dyᵀ B^-1 dy."""
+    out = torch.empty(len(finer), dtype=torch.float64, device=finer.device)
+    for rows in blocks(len(finer)):
+        node = level.node[rows]
+        away = finer[rows].double() - level.atoms[node].double()
+        out[rows] = heights[node] - (centres[node] * away).sum(dim=1) - 0.5 * guess.length(away)
+    return out
 
-    potential: u_h(x) (B,), known from the search of the step. Half the way, again and again, does not pass
-    the height of one win in B, which is too much where B < n. Returns heights and the work in samples.
-    """
-    reach = assign.build("dense", x)(problem.target.atoms[hungry], -potential, k=1).score[:, 0].double()
-    lifted = heights.index_add(0, hungry, 0.5 * (-reach - heights[hungry]).clamp_min(0))
-    return lifted, round(len(x) * len(hungry) / problem.target.n)
+
+def _end(nodes: int, orbit_work: float) -> float:
+    """Time, in first batches, at which a level is solved well enough."""
+    return SAMPLES_PER_NODE * nodes * orbit_work**-0.5 / schedule.first_batch(nodes, orbit_work)
 
 
-def _merge(
-    x: Tensor, heights: Tensor, atoms: Tensor, group: np.ndarray, scores: Tensor, poll: Callable[[], None]
-) -> Tensor:
-    """The largest of <x, y_i> - u(x) so far for each atom of the group: a search with atoms and samples swapped."""
-    search = assign.build("dense", x)
-    k = min(scores.shape[1], len(x))
-    parts = []
-    for rows in blocks(len(group)):
-        poll()
-        found = search(atoms[torch.as_tensor(group[rows], device=atoms.device)], heights, k).score
-        both = torch.cat([scores[rows], found], dim=1)
-        parts.append(both.sort(dim=1, descending=True).values[:, : scores.shape[1]])
-    return torch.cat(parts)
+def _solve(
+    coarse: Problem, assigner: str, heights: Tensor, first: int, poll: Callable[[], None]
+) -> tuple[Tensor, int]:
+    """Average heights of the centroids after a fixed number of samples, and their work."""
+    search = assign.build(assigner, coarse.target.atoms)
+    mass = torch.as_tensor(coarse.target.mass, device=heights.device)
+    state = optim.begin(heights, 0)
+    while state.time < _end(coarse.target.n, coarse.orbit.work):
+        state = descent.advance(coarse, search, state, mass, Stream.START, first + state.step, poll)
+    return state.average, state.samples
+
+
+def _centres(coarse: Problem, assigner: str, heights: Tensor, step: int, guess: Normal) -> tuple[Tensor, float]:
+    """Mean sample (K, d) of each cell, and the work; an empty cell gets the point that ``guess`` maps to its atom."""
+    search, atoms = assign.build(assigner, coarse.target.atoms), coarse.target.atoms
+    total = torch.zeros(atoms.shape, dtype=torch.float64, device=atoms.device)
+    count = torch.zeros(len(atoms), dtype=torch.float64, device=atoms.device)
+    for x in coarse.batch(Stream.START, step, max(CENTRE_LEAST, CENTRE_SAMPLES * len(atoms))):
+        winner = search(x, heights, k=1).index[:, 0]
+        total.index_add_(0, winner, x.double())
+        count.index_add_(0, winner, torch.ones_like(winner, dtype=torch.float64))
+    mean = torch.where(count[:, None] > 0, total / count.clamp_min(1)[:, None], guess.inverse(atoms))
+    return mean, float(count.sum()) * coarse.orbit.work

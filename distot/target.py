@@ -92,6 +92,11 @@ class Target:
             second += weighted.T @ y
         return mean, second - np.outer(mean, mean)
 
+    def replaced(self, atoms: Tensor, mass: Array) -> Target:
+        """A coarser target in the same frame: other atoms (K, d) with their masses (K,), for the search alone."""
+        index = np.arange(len(atoms))
+        return Target(atoms, mass, np.zeros(len(atoms)), index, index, self.fingerprint, ())
+
     def spread(self, values: Array) -> Array:
         """Values of atoms (n,) -> values of the user's latents (N,); -inf where the mass is zero."""
         out = np.full(len(self.atom_of), -np.inf)

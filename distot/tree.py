@@ -1,11 +1,11 @@
-"""A k-means tree of the atoms: the nodes on which the solver also steps, math (16).
+"""A tree of coarser and coarser targets: k-means centroids of the atoms, then of those centroids, and so on.
 
-Its levels are clusterings of 8, 32, 128, ... nodes of at least LEAF atoms on average, each trained on its own. Atoms of
-a cluster must rise and fall together to move mass between clusters; single steps (14) alone take very long to do that.
+The start solves the coarsest problem first and refines its heights from level to level.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,54 +13,57 @@ from torch import Tensor
 
 from distot.power import Array
 
-FIRST, BRANCH, LEAF, MOST = 8, 4, 8, 8192
+BRANCH = 8  # atoms to a node, on average
+LEAST = 12  # nodes of the coarsest level
 ITERATIONS = 10
 
 
 @dataclass(frozen=True)
 class Level:
-    """One clustering: the node of each atom, and the mass each node should get."""
+    """Nodes that stand for the atoms of the next finer level."""
 
-    node: Tensor  # (n,) int64
-    mass: Tensor  # (nodes,) float64
-
-    def sum(self, values: Tensor) -> Tensor:
-        """Values of atoms (n,) summed over each node (nodes,)."""
-        return torch.zeros_like(self.mass).index_add_(0, self.node, values)
+    atoms: Tensor  # (K, d) float32 centroids, in the frame
+    mass: Array  # (K,)
+    node: Tensor  # (finer,) int64, the node of each finer atom
 
 
 def widths(n: int) -> list[int]:
-    """Nodes wanted on each level for n atoms; none for fewer than FIRST * LEAF."""
-    found, width = [], FIRST
-    while width * LEAF <= n and width <= MOST:
-        found.append(width)
-        width *= BRANCH
-    return found
+    """Nodes wanted on each level for n atoms, coarsest first."""
+    found = []
+    while (n := n // BRANCH) >= LEAST:
+        found.append(n)
+    return found[::-1]
 
 
-def grow(atoms: Tensor, seed: int) -> list[Tensor]:
-    """Trains the tree: for each level the node of each atom (n,) int64, without empty nodes.
-
-    Raises InputError if FAISS is not installed.
-    """
+def grow(atoms: Tensor, mass: Array, seed: int) -> list[Level]:
+    """The levels above atoms (n, d), coarsest first, without empty nodes. Raises InputError if FAISS is not installed."""
     if not (wanted := widths(len(atoms))):
         return []
     from distot.assign.faiss import kmeans
 
-    labels = (kmeans(atoms, width, ITERATIONS, seed + 1) for width in wanted)
-    return [torch.unique(node, return_inverse=True)[1] for node in labels]
+    levels: list[Level] = []
+    for width in wanted[::-1]:
+        node = torch.unique(kmeans(atoms, width, ITERATIONS, seed + 1), return_inverse=True)[1].to(atoms.device)
+        weight = torch.as_tensor(mass, device=atoms.device)
+        total = _sum(node, weight)
+        atoms = (_sum(node, weight[:, None] * atoms) / total[:, None]).float()
+        mass = total.cpu().numpy()
+        levels.append(Level(atoms, mass, node))
+    return levels[::-1]
 
 
 def work(n: int) -> int:
     """What ``grow`` costs, in plain samples: one sample is a search among n atoms, math (11)."""
-    return round(sum(width * (min(n, 256 * width) * ITERATIONS + n) / n for width in widths(n)))
+    return round(sum(fine * coarse * (ITERATIONS + 1) / n for fine, coarse in _pairs(n)))
 
 
-def levels(nodes: list[Tensor], mass: Array, device: torch.device) -> list[Level]:
-    """Levels with their wanted masses, from the nodes that ``grow`` found."""
-    found = []
-    for node in nodes:
-        node = node.to(device)
-        weight = torch.zeros(int(node.max()) + 1, dtype=torch.float64, device=device)
-        found.append(Level(node, weight.index_add_(0, node, torch.as_tensor(mass, device=device))))
-    return found
+def _pairs(n: int) -> Iterator[tuple[int, int]]:
+    for width in widths(n)[::-1]:
+        yield n, width
+        n = width
+
+
+def _sum(node: Tensor, values: Tensor) -> Tensor:
+    """Values (n, ...) summed over each node, float64."""
+    shape = (int(node.max()) + 1, *values.shape[1:])
+    return torch.zeros(shape, dtype=torch.float64, device=node.device).index_add_(0, node, values.double())

@@ -1,0 +1,53 @@
+"""One step of the descent on any problem: draw a batch, search, update the heights, lift atoms that starve.
+
+Legend: n atoms, d dimension, B samples of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from distot import assign, optim, schedule
+from distot.assign import Assigner
+from distot.optim import State, Tally
+from distot.problem import Problem
+from distot.source import Stream
+
+LIFT_EVERY = 5  # steps between two looks for starving atoms
+
+
+def advance(
+    problem: Problem, assigner: Assigner, state: State, mass: Tensor, stream: Stream, step: int, poll: Callable[[], None]
+) -> State:
+    """The state after one more step, whose samples are those of (stream, step); ``poll`` may raise to stop.
+
+    mass: the target's (n,), on the device of the heights.
+    """
+    n, orbit = problem.target.n, problem.orbit
+    tally: Tally | None = None
+    for x in problem.batch(stream, step, schedule.batch(n, orbit.work, state.time)):
+        poll()
+        near = assigner(x, state.heights, k=2)
+        counted = optim.count(near, state.temperature, n)
+        tally = counted if tally is None else tally + counted
+    assert tally is not None
+    work = round(tally.pairs.shape[1] * orbit.work)
+    state = optim.update(state, tally, schedule.first_batch(n, orbit.work), mass, work)
+    if state.step % LIFT_EVERY == 0 and len(hungry := optim.starving(state, mass)):
+        state = lift(problem, state, hungry, x, near.score[:, 0])
+    return state
+
+
+def lift(problem: Problem, state: State, hungry: Tensor, x: Tensor, potential: Tensor) -> State:
+    """Brings starving atoms half the way to the height at which each would win one of the samples x (B, d); math (13).
+
+    potential: u_h(x) (B,), known from the search of the step. Half the way, again and again, does not pass
+    the height of one win in B, which is too much where B < n.
+    """
+    reach = assign.build("dense", x)(problem.target.atoms[hungry], -potential, k=1).score[:, 0].double()
+    heights = state.heights.index_add(0, hungry, 0.5 * (-reach - state.heights[hungry]).clamp_min(0))
+    work = round(len(x) * len(hungry) / problem.target.n)
+    return optim.lifted(state, heights, work)
