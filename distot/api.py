@@ -19,7 +19,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from distot import assign, solver
+from distot import assign, optim, solver, start
 from distot.assign import Assigner
 from distot.certify import Certificate
 from distot.errors import DistotWarning, InputError, StoreError
@@ -48,6 +48,9 @@ def solve(
     assigner: str = "auto",
     run: str | Path | None = None,
     *,
+    init: Solution | ArrayLike | str | Path | None = None,
+    epsilon: float | None = None,
+    top_k: int = 32,
     checkpoint_seconds: float = 60.0,
     certificate_samples: int | None = None,
     progress: bool | None = None,
@@ -62,6 +65,10 @@ def solve(
     until_chi2: stop when the squared relative error of the cell masses, math (8), is below this with 95 % confidence.
     max_samples, max_seconds: budgets; the answer so far is returned when one is spent.
     seed: the answer is a function of it, whatever the interruptions.
+    init: a warm start: heights (N,) for these latents, or a Solution or run folder, whose latents may be others: new
+        ones and moved ones get their height from the nearest old one.
+    epsilon: solves the entropic problem at this temperature, in units of cost, instead of the plain one; a sample is
+        shared by its ``top_k`` best latents, and ``certificate.truncation`` says what share that leaves out.
     run: a new run folder for checkpoints and the log, from which ``resume`` and ``load`` go on.
     progress: show it on the terminal; None means if stderr is one. on_event: gets every event as a dict.
 
@@ -69,7 +76,16 @@ def solve(
     which carries the solution so far.
     """
     options = Options(
-        until_chi2, max_samples, max_seconds, seed, device, assigner, checkpoint_seconds, certificate_samples
+        until_chi2,
+        max_samples,
+        max_seconds,
+        seed,
+        device,
+        assigner,
+        checkpoint_seconds,
+        certificate_samples,
+        epsilon,
+        top_k,
     )
     if run is not None and Path(run).exists():
         raise StoreError(f"{run} exists already; continue it with `distot resume {run}`, or choose another name")
@@ -78,10 +94,13 @@ def solve(
     if isinstance(source, Path) or (isinstance(source, str) and source.endswith(".zarr")):
         source = open_latents(source)[:]
     problem = _problem(rows, source, given, options)
-    case = Case(problem, assign.build(assigner, problem.target.atoms), options, rows, given)
+    warm = None if init is None else _init(init, problem, assigner)
+    case = Case(problem, assign.build(assigner, problem.target.atoms), options, rows, given, warm)
     if run is None:
         return _drive(case, None, (), progress, on_event)
     config, arrays = describe(problem, options, _reference(rows, Path(run)), given)
+    config["init"] = warm is not None
+    arrays |= {} if warm is None else {"init": warm}
     copy = None if isinstance(rows, Latents) else (rows, None)
     need_space(Path(run), _checkpoint_bytes(problem) + (0 if copy is None else np.asarray(rows).nbytes))
     case = replace(case, run=(folder := Run.create(run, config, arrays, copy)))
@@ -182,6 +201,7 @@ class Case:
     options: Options
     rows: Rows
     mass: NDArray[Any] | None  # as the user gave it
+    init: NDArray[Any] | None = None  # heights (n,) of a warm start, in the frame
     run: Run | None = None
 
 
@@ -215,7 +235,7 @@ def _drive(
                 watch.tell("note", text=note)
                 warnings.warn(note, DistotWarning, stacklevel=3)
             if progress is None:
-                progress = solver.begin(problem, options, watch)
+                progress = solver.begin(problem, assigner, options, watch, case.init)
             if progress.reason is None:
                 progress = solver.iterate(problem, assigner, options, watch, progress)
             watch.save(progress.state.step, progress.arrays(), progress.scalars(), must=True)
@@ -226,6 +246,11 @@ def _drive(
             certificate = solver.conclude(problem, assigner, options, progress, watch)
             _keep_certificate(case, progress, certificate)
             watch.tell("certificate", **certificate.to_dict())
+            if certificate.truncation > 0.01:
+                watch.warn(
+                    f"{certificate.truncation:.1%} of the entropic plan lies beyond the {options.top_k} best latents of "
+                    f"a sample; give a larger top_k, or a smaller epsilon"
+                )
             return _solution(case, progress, remarks, certificate)
 
 
@@ -255,9 +280,31 @@ def _kept_certificate(case: Case, progress: Progress) -> Certificate | None:
     return Certificate(**stored)
 
 
+def _init(init: object, problem: Problem, assigner: str) -> NDArray[Any]:
+    """Heights (n,) in the frame for a warm start. Raises InputError for heights of another shape, or not finite."""
+    target = problem.target
+    if isinstance(init, str | Path):
+        init = load(init)
+    if isinstance(init, Solution):
+        if init.problem.target.dim != target.dim:
+            raise InputError(f"init was solved in dimension {init.problem.target.dim}, the latents have {target.dim}")
+        old = init.problem.target.atoms.device
+        return start.transfer(problem, init.problem, init._progress.state.average.to(old), assigner).cpu().numpy()
+    heights = np.asarray(init, dtype=np.float64)
+    if heights.shape != target.atom_of.shape:
+        raise InputError(
+            f"init must hold one height for each of the {len(target.atom_of):,} latents, its shape is {heights.shape}; "
+            "to start from a run with other latents give the run"
+        )
+    kept = heights[target.original]
+    if not np.isfinite(kept).all():
+        raise InputError(f"init holds {int((~np.isfinite(kept)).sum()):,} heights that are NaN or infinite")
+    return problem.frame.heights_in(kept, target.tilt)
+
+
 def _checkpoint_bytes(problem: Problem) -> int:
-    """Room for the checkpoints of a run: three, of eight vectors or so."""
-    return 3 * 80 * problem.target.n
+    """Room for the checkpoints of a run: three, of the pairs of the graph and four vectors."""
+    return 3 * (8 * int(optim.PAIRS_MOST) + 40) * problem.target.n
 
 
 def _rows(latents: object) -> Rows:
@@ -312,7 +359,8 @@ def _open(
     problem = _problem(rows, source, mass, options)
     if problem.target.fingerprint != config["fingerprint"]:
         raise InputError(f"{run} was solved for other latents (their fingerprint differs); give it its own (--latents)")
-    case = Case(problem, assign.build(options.assigner, problem.target.atoms), options, rows, mass, folder)
+    init = folder.array("init") if config["init"] else None
+    case = Case(problem, assign.build(options.assigner, problem.target.atoms), options, rows, mass, init, folder)
     checkpoint = folder.load_checkpoint()
     if checkpoint is None:
         return case, (), None

@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distot.assign import Assigner
+from distot import entropic
+from distot.assign import Assigner, Winners
+from distot.entropic import Soft
 from distot.power import Array
 from distot.problem import Problem
 from distot.source import Stream
@@ -43,6 +45,10 @@ class Certificate:
     empty: atoms that won none of the samples; empty_by_chance: how many would at the exact solution.
     w2_squared_bound: lower bound on W2², math (9), and its one-sided limit at ``level``: with that confidence the true
     W2² is above it, whatever the heights. map_cost + mismatch = the bound, math (10).
+
+    At a fixed epsilon all of this is about the entropic plan: masses are those of soft winners, the bound is one on
+    twice the entropic cost, and map_cost + mismatch + regularisation = the bound; empty is not counted. ``truncation``
+    is the mean share of a sample that its k winners leave out; what it takes from the masses is not in chi2.
     """
 
     samples: int
@@ -62,6 +68,9 @@ class Certificate:
     level: float
     seed: int
     stream_step: int
+    epsilon: float | None = None  # in units of cost
+    regularisation: float = 0.0
+    truncation: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -119,6 +128,23 @@ def cell_counts(
     return counts.cpu().numpy().astype(np.float64)
 
 
+def mass_error(
+    problem: Problem,
+    assigner: Assigner,
+    heights: Tensor,
+    soft: Soft | None,
+    samples: int,
+    stream: Stream,
+    step: int,
+    poll: Callable[[], None],
+) -> Estimate:
+    """chi2 of the heights from ``samples`` fresh independent samples."""
+    if soft is None:
+        return chi2(cell_counts(problem, assigner, heights, samples, stream, step, poll), problem.target.mass)
+    found = entropic.cell_masses(problem, assigner, heights, soft, samples, stream, step, poll)
+    return Estimate(*entropic.chi2(*found, samples, problem.target.mass))
+
+
 def default_samples(n: int) -> int:
     """Samples of a certificate: 10 per atom up to a million, then no fewer than 2 per atom; at least 10,000."""
     return max(10_000, 2 * n, min(10 * n, 1_000_000))
@@ -130,13 +156,15 @@ def certify(
     heights: Tensor,
     samples: int | None = None,
     *,
+    soft: Soft | None = None,
     step: int = 0,
     level: float = LEVEL,
     poll: Callable[[], None] = lambda: None,
 ) -> Certificate:
     """Certificate of heights (n,) in the frame, from samples of the CERTIFY stream, which nothing else uses.
 
-    ``step`` names an independent set of samples. The assigner must be exact: an inexact search overstates (9).
+    ``step`` names an independent set of samples. The assigner must be exact: an inexact search overstates (9); so
+    would a log-sum-exp over k winners alone, which is why that of a soft certificate runs over all atoms.
     """
     target, frame = problem.target, problem.frame
     wanted = default_samples(target.n) if samples is None else samples
@@ -144,6 +172,9 @@ def certify(
     half_weight = _half_weights(problem, heights)
     wanted_weight = float(target.mass @ half_weight)
     bound, cost = Running(), Running()
+
+    if soft is not None:
+        return _soft(problem, assigner, heights, wanted, soft, step, level, poll, shift, half_weight)
 
     def each(x: Tensor, winner: Tensor, score: Tensor) -> None:
         away = x - torch.from_numpy(frame.source_centre)
@@ -174,6 +205,65 @@ def certify(
         level=level,
         seed=problem.seed,
         stream_step=step,
+    )
+
+
+def _soft(
+    problem: Problem,
+    assigner: Assigner,
+    heights: Tensor,
+    wanted: int,
+    soft: Soft,
+    step: int,
+    level: float,
+    poll: Callable[[], None],
+    shift: Tensor,
+    half_weight: Array,
+) -> Certificate:
+    """The certificate of the entropic plan."""
+    target, frame = problem.target, problem.frame
+    epsilon = soft.epsilon * frame.unit
+    entropy = float(target.mass @ np.log(target.mass))
+    wanted_weight = float(target.mass @ half_weight)
+    half = torch.from_numpy(half_weight)
+    bound, cost, won, plan, left = Running(), Running(), Running(), Running(), Running()
+
+    def each(x: Tensor, near: Winners, p: Tensor) -> None:
+        inside = frame.source_in(x).to(heights.device)
+        full = entropic.potential(target.atoms, inside, heights, soft.epsilon)
+        away = x - torch.from_numpy(frame.source_centre)
+        bound.add(0.5 * away.square().sum(1) + away @ shift - frame.unit * full.cpu())
+        index, share = near.index.cpu(), p.cpu()
+        y = frame.target_out(target.atoms[near.index]).cpu()
+        cost.add((share * 0.5 * (away[:, None] - y + shift).square().sum(2)).sum(1))
+        won.add((share * half[index]).sum(1))
+        plan.add(torch.special.xlogy(share, share).sum(1))
+        left.add(1 - ((near.score.double() - full[:, None]) / soft.epsilon).exp().sum(1).cpu())
+
+    total, squares = entropic.cell_masses(problem, assigner, heights, soft, wanted, Stream.CERTIFY, step, poll, each)
+    masses = Estimate(*entropic.chi2(total, squares, wanted, target.mass))
+    w2, w2_error = 2 * (bound.mean + wanted_weight - epsilon * entropy), 2 * bound.error
+    return Certificate(
+        samples=wanted,
+        atoms=target.n,
+        chi2=masses.value,
+        chi2_error=masses.error,
+        chi2_upper=chi2_upper(masses, level),
+        empty=0,
+        empty_by_chance=0.0,
+        w2_squared_bound=w2,
+        w2_squared_bound_error=w2_error,
+        w2_squared_limit=Estimate(w2, w2_error).lower(level),
+        map_cost=2 * cost.mean,
+        map_cost_error=2 * cost.error,
+        mismatch=2 * (wanted_weight - won.mean),
+        mismatch_error=2 * won.error,
+        level=level,
+        seed=problem.seed,
+        stream_step=step,
+        epsilon=epsilon,
+        regularisation=2 * epsilon * (plan.mean - entropy),
+        truncation=max(left.mean, 0.0),
     )
 
 

@@ -163,6 +163,13 @@ def solve(
     seed: Annotated[int, typer.Option(help="The answer is a function of the seed.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     assigner: Annotated[str, typer.Option(help="auto, dense or faiss.")] = "auto",
+    init: Annotated[
+        Path | None, typer.Option(metavar="RUN.zarr", help="Start from the heights of this run; latents may differ.")
+    ] = None,
+    epsilon: Annotated[
+        float | None, typer.Option(help="Solve the entropic problem at this temperature, in units of cost.")
+    ] = None,
+    top_k: Annotated[int, typer.Option(help="Latents that share a sample at that temperature.")] = 32,
     checkpoint_seconds: Annotated[float, typer.Option(help="Seconds between checkpoints.")] = 60.0,
     certificate_samples: Annotated[
         int | None,
@@ -184,6 +191,9 @@ def solve(
         seed=seed,
         device=device,
         assigner=assigner,
+        init=init,
+        epsilon=epsilon,
+        top_k=top_k,
         run=run,
         checkpoint_seconds=checkpoint_seconds,
         certificate_samples=certificate_samples,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from distot import assign, optim, schedule
 from distot.assign import Assigner
+from distot.entropic import Soft
 from distot.optim import State, Tally
 from distot.problem import Problem
 from distot.source import Stream
@@ -20,23 +21,32 @@ LIFT_EVERY = 5  # steps between two looks for starving atoms
 
 
 def advance(
-    problem: Problem, assigner: Assigner, state: State, mass: Tensor, stream: Stream, step: int, poll: Callable[[], None]
+    problem: Problem,
+    assigner: Assigner,
+    state: State,
+    mass: Tensor,
+    stream: Stream,
+    step: int,
+    poll: Callable[[], None],
+    soft: Soft | None = None,
 ) -> State:
     """The state after one more step, whose samples are those of (stream, step); ``poll`` may raise to stop.
 
-    mass: the target's (n,), on the device of the heights.
+    mass: the target's (n,), on the device of the heights. soft: the entropic problem, where no atom starves.
     """
     n, orbit = problem.target.n, problem.orbit
     tally: Tally | None = None
+    k, temperature = (2, state.smoothing) if soft is None else (soft.top_k, soft.epsilon)
     for x in problem.batch(stream, step, schedule.batch(n, orbit.work, state.time)):
         poll()
-        near = assigner(x, state.heights, k=2)
-        counted = optim.count(near, state.temperature, n)
+        near = assigner(x, state.heights, k)
+        counted = optim.count(near, temperature, n)
         tally = counted if tally is None else tally + counted
     assert tally is not None
     work = round(tally.pairs.shape[1] * orbit.work)
-    state = optim.update(state, tally, schedule.first_batch(n, orbit.work), mass, work)
-    if state.step % LIFT_EVERY == 0 and len(hungry := optim.starving(state, mass)):
+    epsilon = 0.0 if soft is None else soft.epsilon
+    state = optim.update(state, tally, schedule.first_batch(n, orbit.work), mass, work, epsilon)
+    if soft is None and state.step % LIFT_EVERY == 0 and len(hungry := optim.starving(state, mass)):
         state = lift(problem, state, hungry, x, near.score[:, 0])
     return state
 

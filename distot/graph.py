@@ -7,6 +7,7 @@ Legend: n atoms, m pairs.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -61,6 +62,8 @@ def build(pairs: Tensor, margin: Tensor) -> Graph:
     order = torch.argsort(row.int(), stable=True)
     start = torch.zeros(n + 1, dtype=torch.int32, device=row.device)
     start[1:] = torch.bincount(row, minlength=n).cumsum(0)
-    off = torch.sparse_csr_tensor(start, column[order].int(), weight[order], (n, n), check_invariants=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
+        off = torch.sparse_csr_tensor(start, column[order].int(), weight[order], (n, n), check_invariants=False)
     degree = torch.zeros(n, device=row.device).index_add_(0, row, weight)
     return Graph(pairs, unit, off, degree)

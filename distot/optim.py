@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from distot import graph
+from distot import entropic, graph
 from distot.assign import Winners
 
 RATE = 0.5  # share of the Newton step that is taken first
@@ -20,8 +20,9 @@ SMOOTHING = 0.7  # first temperature, in tau; it falls like (1 + t)^-⅓ and the
 SMOOTHING_TURN = 200.0  # t of that turn
 AVERAGING = 2.0  # the average of iterates has weights ~ t: mix 2 / (t + 2)
 MEMORY = 0.98  # margins are sums that decay by this factor in a unit of time
-PAIRS_PER_ATOM = 8  # latest pairs of winner and runner-up that make up the graph
-DAMPING_FIRST, DAMPING_LEAST, DAMPING_MOST = 1.0, 0.01, 4.0  # of the Newton step, times nu_i / tau_i
+PAIRS_LEAST, PAIRS_MOST = 2.0, 16.0  # an atom: pairs of winner and runner-up in the graph, the later half of all kept
+PAIRS_A_BATCH = 0.2  # an atom: more of one batch would tie the graph to the noise of the gradient
+DAMPING_FIRST, DAMPING_LEAST, DAMPING_MOST = 1.0, 0.05, 4.0  # of the Newton step, times nu_i / tau_i
 STRETCH = 0.5  # damping aims at steps that move paired atoms apart by this many margins at most, root mean square
 OUTLIER = 100.0  # atoms whose margins exceed the median atom's by more count no more in the mean
 PRIOR = 5.0  # wins of mean margin added to each atom's own
@@ -36,7 +37,7 @@ class State:
     average: Tensor  # the answer
     margin_sum: Tensor  # decayed sum of margins of the samples that each atom won
     margin_count: Tensor  # decayed number of those samples
-    pairs: Tensor  # (2, m) int32, winner and runner-up of the latest m <= PAIRS_PER_ATOM n samples
+    pairs: Tensor  # (2, m) int32, winner and runner-up of m recent samples
     damping: float = DAMPING_FIRST
     step: int = 0
     time: float = 0.0  # t of the formulas: samples of all steps, in first batches
@@ -48,15 +49,15 @@ class State:
         return float(mean_margin(self.margin_sum, self.margin_count)) if float(self.margin_count.sum()) else 0.0
 
     @property
-    def temperature(self) -> float:
+    def smoothing(self) -> float:
         """Width of the smoothing between best and runner-up in the coming step; 0 means hard winners."""
         return SMOOTHING * self.margin * (1 + self.time) ** (-1 / 3) * (1 + self.time / SMOOTHING_TURN) ** (-2 / 3)
 
 
 def starving(state: State, mass: Tensor) -> Tensor:
-    """Indices of atoms that lately won less than a tenth of the samples they should, where those are at least 8."""
+    """Indices of atoms that lately won less than a tenth of the samples they should, where those are at least 4."""
     expected = mass * state.margin_count.sum()
-    return ((expected >= 8) & (state.margin_count < 0.1 * expected)).nonzero()[:, 0]
+    return ((expected >= 4) & (state.margin_count < 0.1 * expected)).nonzero()[:, 0]
 
 
 def mean_margin(margin_sum: Tensor, margin_count: Tensor) -> Tensor:
@@ -92,18 +93,23 @@ class Tally:
 
 
 def count(near: Winners, temperature: float, n: int) -> Tally:
-    """Tally of samples whose best and runner-up are known; the two share each sample by a softmax."""
+    """Tally of samples whose k winners are known; they share each sample by a softmax, if the temperature is not 0."""
     best, margin = near.index[:, 0], near.margin
-    share = torch.sigmoid(margin / temperature) if temperature > 0 else torch.ones_like(margin)
+    if temperature > 0:
+        share = entropic.shares(near, temperature)
+    else:
+        share = torch.zeros_like(near.score, dtype=torch.float64)
+        share[:, 0] = 1.0
     zero = torch.zeros(n, dtype=torch.float64, device=best.device)
-    hits = zero.index_add(0, best, share).index_add_(0, near.index[:, 1], 1 - share)
-    wins, margins = zero.index_add(0, best, torch.ones_like(share)), zero.index_add(0, best, margin)
+    hits = zero.index_add(0, near.index.flatten(), share.flatten())
+    wins, margins = zero.index_add(0, best, torch.ones_like(margin)), zero.index_add(0, best, margin)
     return Tally(hits, wins, margins, near.index[:, :2].T.int())
 
 
-def update(state: State, tally: Tally, first_batch: int, mass: Tensor, work: int) -> State:
+def update(state: State, tally: Tally, first_batch: int, mass: Tensor, work: int, epsilon: float = 0.0) -> State:
     """One step of (14) with (16) from the tally of a batch, which cost ``work`` plain samples.
 
+    epsilon: the fixed temperature of the entropic problem, by which facets are wider than the margins say.
     A batch of s first batches is a step of length s: late steps, which are short, may so be taken together.
     The damping follows the steps: more of it where they stretch pairs of neighbours beyond STRETCH margins, where
     the graph, which is a linear picture, is no longer to be trusted; less of it where they do not.
@@ -112,8 +118,10 @@ def update(state: State, tally: Tally, first_batch: int, mass: Tensor, work: int
     span = batch / first_batch
     margin_sum = MEMORY**span * state.margin_sum + tally.margins
     margin_count = MEMORY**span * state.margin_count + tally.wins
-    margin = (margin_sum + PRIOR * mean_margin(margin_sum, margin_count)) / (margin_count + PRIOR)
-    pairs = torch.cat([state.pairs, tally.pairs], dim=1)[:, -PAIRS_PER_ATOM * len(mass) :]
+    margin = (margin_sum + PRIOR * mean_margin(margin_sum, margin_count)) / (margin_count + PRIOR) + epsilon
+    kept = tally.pairs[:, :: max(1, int(batch / (PAIRS_A_BATCH * len(mass))))]
+    room = int(len(mass) * min(max(0.5 * PAIRS_A_BATCH * state.time, PAIRS_LEAST), PAIRS_MOST))
+    pairs = torch.cat([state.pairs, kept], dim=1)[:, -room:]
 
     found = graph.build(pairs, margin)
     excess = (tally.hits / batch - mass) * (mass * batch / FULL_STEP).clamp(max=1)

@@ -58,6 +58,10 @@ class Frame:
         """
         return centred(self.unit * heights - tilt, mass)
 
+    def heights_in(self, heights: Array, tilt: Array) -> Array:
+        """The inverse of ``heights_out``, up to a constant."""
+        return (heights + tilt) / self.unit
+
 
 def centred(heights: Array, mass: Array) -> Array:
     """Heights (n,) moved by a constant so that sum_i nu_i h_i = 0."""

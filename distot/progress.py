@@ -89,8 +89,8 @@ class Display:
     def on_signal(self, e: Event) -> None:
         self.say(f"{e['signal']}: saving; press Ctrl-C again to quit without")
 
-    def on_raise(self, e: Event) -> None:
-        self.bar.update(self.task, description="raise", state=f"{e['samples']:,} samples")
+    def on_start(self, e: Event) -> None:
+        self.bar.update(self.task, description="start", state=f"from {min(e['nodes'], default=0):,} centroids")
 
     def on_step(self, e: Event) -> None:
         rate, wanted = e["samples_per_second"], e["wanted"]

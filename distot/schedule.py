@@ -14,6 +14,8 @@ import numpy as np
 from distot.certify import LEVEL, Estimate, chi2_upper
 from distot.errors import InputError
 
+MOST_WARM = 100  # samples per atom that a warm start is taken to be worth at most
+POSITIVE = ("until_chi2", "max_samples", "max_seconds", "certificate_samples", "epsilon")
 BATCH_SHARE, BATCH_LEAST = 5, 32  # the first steps draw n / (5 work^½) samples of this work each, at least 32
 BATCH_GROWTH = 16  # a step t first batches into the run draws max(1, t^½ / 16) first batches
 
@@ -30,14 +32,18 @@ class Options:
     assigner: str = "auto"
     checkpoint_seconds: float = 60.0  # interval between checkpoints of a run folder
     certificate_samples: int | None = None  # None: see certify.default_samples
+    epsilon: float | None = None  # temperature of the entropic problem, in units of the cost ½|x - y|²; None: plain OT
+    top_k: int = 32  # winners of a sample that share it at that temperature
 
     def __post_init__(self) -> None:
-        positive = {k: getattr(self, k) for k in ("until_chi2", "max_samples", "max_seconds", "certificate_samples")}
+        positive = {k: getattr(self, k) for k in POSITIVE}
         for name, value in positive.items():
             if value is not None and not (np.isfinite(value) and value > 0):
-                raise InputError(f"{name} must be positive, or None for no limit; it is {value}")
+                raise InputError(f"{name} must be positive, or None for none; it is {value}")
         if not (np.isfinite(self.checkpoint_seconds) and self.checkpoint_seconds >= 0):
             raise InputError(f"checkpoint_seconds must be 0 or more, it is {self.checkpoint_seconds}")
+        if self.top_k < 2:
+            raise InputError(f"top_k must be at least 2, it is {self.top_k}")
         if self.certificate_samples == 1:
             raise InputError("certificate_samples must be at least 2: chi2 is estimated from pairs")
         if not 0 <= self.seed < 2**63:
@@ -57,6 +63,11 @@ def first_batch(n: int, work: float) -> int:
 def batch(n: int, work: float, time: float) -> int:
     """Samples in a step that begins ``time`` first batches into the run: more as the steps get shorter."""
     return int(first_batch(n, work) * max(1.0, time**0.5 / BATCH_GROWTH))
+
+
+def moment(n: int, work: float, chi2: float) -> float:
+    """The time, in first batches, at which a run from scratch would have this chi2: where a warm start goes on."""
+    return min(n / chi2, MOST_WARM * n) / first_batch(n, work)
 
 
 @dataclass(frozen=True)
@@ -112,9 +123,14 @@ class StopRule:
         return self.goal is not None and bool(history) and history[-1].close and history[-1].upper <= self.goal
 
     def next(self, history: tuple[Check, ...]) -> int:
-        """Samples at which to look again: when the goal should be met if that is near, else at 1.7 times as many."""
+        """Samples at which to look again: when the goal should be met if that is near, else at 1.7 times as many.
+
+        After a close look that failed, no sooner than when the steps have cost half of what the next one will.
+        """
         last, wanted = history[-1].samples, self.wanted(history)
-        return int(max(1.03 * last, wanted if wanted < 1.8 * last else 1.7 * last))
+        failed = self.goal is not None and history[-1].close
+        soon = 0.5 * self._look(self._error(history)) if failed else 0.03 * last
+        return int(max(last + soon, wanted if wanted < 1.8 * last else 1.7 * last))
 
     def wanted(self, history: tuple[Check, ...]) -> float:
         """Samples at which a close look should find the goal met; infinity without a goal.
@@ -126,13 +142,14 @@ class StopRule:
         if not history:
             return 2.0 * self.work * self.n / self.goal
         last = history[-1]
+        spent = last.samples - sum(check.looked for check in history)  # looks do not make chi2 smaller
         reach = NormalDist().inv_cdf(1 - self._spent(history)) * self._error(history)
         left = self.goal - reach  # chi2_upper is at the goal where v + reach + reach² / (2 v) = goal
         room = 0.5 * (left + np.sqrt(left**2 - 2 * reach**2))
-        usual = 1.5 * self._limit(last.samples)  # give or take 40 %: the weight of a rough glance
+        usual = 1.5 * self._limit(spent)  # give or take 40 %: the weight of a rough glance
         trust = 1 / (1 + (last.error / (0.4 * usual)) ** 2)
-        expected = max(trust * last.chi2 + (1 - trust) * usual, self._limit(last.samples))
-        return last.samples * float((expected / (room - self._error(history))) ** 0.9)
+        expected = max(trust * last.chi2 + (1 - trust) * usual, self._limit(spent))
+        return last.samples + spent * float((expected / (room - self._error(history))) ** 0.9 - 1)
 
     def _spent(self, history: tuple[Check, ...]) -> float:
         """Probability of a wrong end that the look after ``history`` may add."""

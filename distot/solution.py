@@ -18,7 +18,7 @@ from distot.errors import InputError
 from distot.power import Array
 from distot.problem import Problem
 from distot.schedule import Check, Options
-from distot.solver import Progress
+from distot.solver import Progress, entropic_part
 from distot.source import BLOCK
 from distot.store import Latents, Run
 from distot.target import Rows
@@ -108,12 +108,13 @@ class Solution:
             raise InputError(f"a certificate needs at least 2 samples, chi2 is estimated from pairs; not {samples}")
         if seed_step < 0:
             raise InputError(f"seed_step must be 0 or more, not {seed_step}")
-        return certify(self.problem, self._assigner, self._progress.state.average, samples, step=seed_step)
+        soft = entropic_part(self.problem, self.options)
+        return certify(self.problem, self._assigner, self._progress.state.average, samples, soft=soft, step=seed_step)
 
     def assign(self, x: ArrayLike | Tensor) -> NDArray[np.int64]:
         """Index of the latent whose power cell holds each sample x (B, d) -> (B,), math (2).
 
-        Equal latents count as one; the lowest of their indices is given. Raises InputError for a wrong shape or NaN.
+        Equal latents count as one; the lowest of their indices is given. At a fixed epsilon it is the likeliest one. Raises InputError for a wrong shape or NaN.
         """
         target, frame = self.problem.target, self.problem.frame
         values = (
@@ -176,6 +177,7 @@ def describe(
         "fingerprint": problem.target.fingerprint,
         "shape": [len(problem.target.atom_of), problem.target.dim],
         "mass": mass is not None,
+        "init": False,
         "source": spec,
         "source_arrays": sorted(source_arrays),
         "options": options.to_dict(),

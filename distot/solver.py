@@ -18,7 +18,8 @@ from torch import Tensor
 
 from distot import descent, optim, schedule, start, tree
 from distot.assign import Assigner
-from distot.certify import Certificate, cell_counts, certify, chi2, default_samples
+from distot.certify import Certificate, certify, default_samples, mass_error
+from distot.entropic import Soft
 from distot.optim import State
 from distot.problem import Problem
 from distot.schedule import Check, Options, StopRule
@@ -70,28 +71,38 @@ def restore(arrays: dict[str, NDArray[Any]], scalars: dict[str, Any], device: to
     )
 
 
-def begin(problem: Problem, options: Options, watch: Watch) -> Progress:
-    """Gaussian and multilevel start. Stopped early, it returns what is known by then, with the reason."""
-    n, work, reason = problem.target.n, problem.orbit.work, None
-    heights, samples = start.normal(problem).heights(problem.target.atoms), 0
+def begin(
+    problem: Problem, assigner: Assigner, options: Options, watch: Watch, init: NDArray[Any] | None = None
+) -> Progress:
+    """Gaussian and multilevel start, or the heights ``init`` (n,) in the frame. Stopped early, it returns what is known
+    by then, with the reason."""
+    n, work, reason, moment = problem.target.n, problem.orbit.work, None, 0.0
+    given = start.normal(problem).heights(problem.target.atoms) if init is None else torch.as_tensor(init)
+    heights, samples = given.to(problem.target.atoms.device), 0
     spare = float("inf") if options.max_samples is None else options.max_samples // 4
     reserve = RESERVE * (options.max_seconds or 0.0)
+    poll = partial(watch.poll, reserve)
     try:
-        watch.poll(reserve)
-        if start.work(n, work) <= spare:
+        poll()
+        if init is not None and start.PROBE * n * work <= spare:
+            watch.tell("start", nodes=[])
+            error, samples = start.probe(problem, assigner, heights, entropic_part(problem, options), poll)
+            moment = schedule.moment(n, work, error)
+        elif init is None and start.work(n, work) <= spare:
             watch.tell("start", nodes=tree.widths(n))
-            heights, samples = start.multilevel(problem, options.assigner, lambda: watch.poll(reserve))
+            heights, samples = start.multilevel(problem, options.assigner, poll)
     except Stop as stop:
         reason = stop.reason
     check = StopRule(n, options.until_chi2, work).first(samples)
-    return Progress(optim.begin(heights, samples), check, started=reason is None, reason=reason)
+    state = replace(optim.begin(heights, samples), time=moment)
+    return Progress(state, check, started=reason is None, reason=reason)
 
 
 def iterate(problem: Problem, assigner: Assigner, options: Options, watch: Watch, progress: Progress) -> Progress:
     """Steps until the goal, the budget or a signal; the reason is in the result. Checkpoints on the way."""
     n, device, work = problem.target.n, problem.target.atoms.device, problem.orbit.work
     mass = torch.as_tensor(problem.target.mass, device=device)
-    rule = StopRule(n, options.until_chi2, work)
+    rule, soft = StopRule(n, options.until_chi2, work), entropic_part(problem, options)
     limit = float("inf") if options.max_samples is None else options.max_samples
     try:
         while True:
@@ -101,7 +112,7 @@ def iterate(problem: Problem, assigner: Assigner, options: Options, watch: Watch
             size = rule.size(state.samples, progress.history)
             if progress.next_check <= state.samples <= limit - size:
                 with watch.timed(size):
-                    progress = look(problem, assigner, rule, progress, size, poll)
+                    progress = look(problem, assigner, soft, rule, progress, size, poll)
                 watch.tell("check", **progress.history[-1].to_dict())
                 if rule.done(progress.history):
                     return replace(progress, reason="until_chi2")
@@ -110,7 +121,7 @@ def iterate(problem: Problem, assigner: Assigner, options: Options, watch: Watch
             if state.samples + size * work > limit:
                 return replace(progress, reason="max_samples")
             with watch.timed(size):
-                state = descent.advance(problem, assigner, state, mass, Stream.STEP, state.step, poll)
+                state = descent.advance(problem, assigner, state, mass, Stream.STEP, state.step, poll, soft)
             progress = replace(progress, state=state)
             watch.tell(
                 "step",
@@ -127,12 +138,17 @@ def iterate(problem: Problem, assigner: Assigner, options: Options, watch: Watch
 
 
 def look(
-    problem: Problem, assigner: Assigner, rule: StopRule, progress: Progress, size: int, poll: Callable[[], None]
+    problem: Problem,
+    assigner: Assigner,
+    soft: Soft | None,
+    rule: StopRule,
+    progress: Progress,
+    size: int,
+    poll: Callable[[], None],
 ) -> Progress:
     """Estimates chi2 of the average on ``size`` fresh samples and adds it to the history."""
     state, history = progress.state, progress.history
-    counts = cell_counts(problem, assigner, state.average, size, Stream.CHECK, len(history), poll)
-    found = chi2(counts, problem.target.mass)
+    found = mass_error(problem, assigner, state.average, soft, size, Stream.CHECK, len(history), poll)
     history += (rule.judge(found, state.samples, size, state.step, history),)
     state = replace(state, samples=state.samples + size)
     return replace(progress, state=state, history=history, next_check=rule.next(history))
@@ -153,4 +169,12 @@ def conclude(problem: Problem, assigner: Assigner, options: Options, progress: P
         affordable = int((watch.deadline - time.monotonic()) / watch.seconds_per_sample)
         samples = max(min(samples, BLOCK), min(samples, affordable))
     watch.tell("certify", samples=samples)
-    return certify(problem, assigner, progress.state.average, samples)
+    soft = entropic_part(problem, options)
+    return certify(problem, assigner, progress.state.average, samples, soft=soft)
+
+
+def entropic_part(problem: Problem, options: Options) -> Soft | None:
+    """The options of the entropic problem in the frame, or None for plain OT."""
+    if options.epsilon is None:
+        return None
+    return Soft(options.epsilon / problem.frame.unit, min(options.top_k, problem.target.n))

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from distot import assign, descent, optim, schedule, tree
+from distot.assign import Assigner
+from distot.entropic import Soft
 from distot.power import Array
 from distot.problem import Problem
 from distot.source import Stream
@@ -23,6 +25,7 @@ CLAMP = 1e-12  # smallest eigenvalue of S0^½ S S0^½, relative to the largest
 SAMPLES_PER_NODE = 30  # for the steps on a level, of a source without symmetry
 CENTRE_SAMPLES = 10  # for each node's cell centre; at least CENTRE_LEAST on a level
 CENTRE_LEAST = 256
+PROBE = 4  # samples an atom to find out how good the heights of a warm start are
 STEPS = 1 << 20  # step numbers set aside for a level
 
 
@@ -84,10 +87,47 @@ def multilevel(problem: Problem, assigner: str, poll: Callable[[], None]) -> tup
         finer = levels[number + 1].atoms if number + 1 < len(levels) else problem.target.atoms
         coarse = replace(problem, target=problem.target.replaced(level.atoms, level.mass))
         heights, spent = _solve(coarse, assigner, heights, number * STEPS, poll)
-        centres, counted = _centres(coarse, assigner, heights, (number + 1) * STEPS - 1, guess)
+        centres, counted = _centres(coarse, assigner, heights, (number + 1) * STEPS - 1, guess, poll)
         heights = prolong(heights, centres, level, finer, guess)
         samples += (spent + counted) * len(level.mass) / problem.target.n
     return heights, round(samples)
+
+
+def transfer(problem: Problem, old: Problem, heights: Tensor, assigner: str) -> Tensor:
+    """Heights (n,) in the frame of ``problem`` from those of an old one (n_old,), whose latents may be other ones.
+
+    Each atom takes its height from the nearest old one, continued to second order. For an atom that was there
+    before this is its old height. Costs a search for every atom and CENTRE_SAMPLES for every old one.
+    """
+    frame, target = problem.frame, old.target
+    offset = torch.from_numpy(old.frame.target_centre - frame.target_centre)
+    user = old.frame.target_out(target.atoms.cpu()) + offset  # relative to the new centre
+    atoms = (user / frame.target_scale).float().to(problem.target.atoms.device)
+    raw = old.frame.unit * heights.cpu() - torch.from_numpy(target.tilt)
+    begun = ((raw + user @ torch.from_numpy(frame.source_centre)) / frame.unit).to(atoms.device)
+    coarse = replace(problem, target=problem.target.replaced(atoms, target.mass))
+    search = assign.build(assigner, atoms)
+    half = -0.5 * atoms.double().square().sum(dim=1)
+    node = torch.cat([search(problem.target.atoms[rows], half, k=1).index[:, 0] for rows in blocks(problem.target.n)])
+    guess = normal(problem)
+    centres, _ = _centres(coarse, assigner, begun, STEPS - 1, guess, lambda: None)
+    return prolong(begun, centres, Level(atoms, target.mass, node), problem.target.atoms, guess)
+
+
+def probe(
+    problem: Problem, assigner: Assigner, heights: Tensor, soft: Soft | None, poll: Callable[[], None]
+) -> tuple[float, int]:
+    """About the chi2 of heights, no less than its noise, from PROBE samples an atom, whole orbits; and their work."""
+    n, samples = problem.target.n, 0
+    hits = torch.zeros(n, dtype=torch.float64, device=heights.device)
+    k, epsilon = (2, 0.0) if soft is None else (soft.top_k, soft.epsilon)
+    for x in problem.batch(Stream.START, 0, PROBE * n):
+        poll()
+        hits += optim.count(assigner(x, heights, k), epsilon, n).hits
+        samples += len(x)
+    mass = torch.as_tensor(problem.target.mass, device=heights.device)
+    plain = float(((hits / samples - mass) ** 2 / mass).sum()) - n / samples
+    return max(plain, 0.0) + (2 * n) ** 0.5 / samples, round(samples * problem.orbit.work)
 
 
 def prolong(heights: Tensor, centres: Tensor, level: Level, finer: Tensor, guess: Normal) -> Tensor:
@@ -117,12 +157,15 @@ def _solve(
     return state.average, state.samples
 
 
-def _centres(coarse: Problem, assigner: str, heights: Tensor, step: int, guess: Normal) -> tuple[Tensor, float]:
+def _centres(
+    coarse: Problem, assigner: str, heights: Tensor, step: int, guess: Normal, poll: Callable[[], None]
+) -> tuple[Tensor, float]:
     """Mean sample (K, d) of each cell, and the work; an empty cell gets the point that ``guess`` maps to its atom."""
     search, atoms = assign.build(assigner, coarse.target.atoms), coarse.target.atoms
     total = torch.zeros(atoms.shape, dtype=torch.float64, device=atoms.device)
     count = torch.zeros(len(atoms), dtype=torch.float64, device=atoms.device)
     for x in coarse.batch(Stream.START, step, max(CENTRE_LEAST, CENTRE_SAMPLES * len(atoms))):
+        poll()
         winner = search(x, heights, k=1).index[:, 0]
         total.index_add_(0, winner, x.double())
         count.index_add_(0, winner, torch.ones_like(winner, dtype=torch.float64))

@@ -10,10 +10,12 @@ import torch
 from numpy.typing import NDArray
 
 import distot
-from distot import assign, optim, start, tree
+from distot import assign, descent, graph, optim, start, tree
+from distot.certify import cell_counts, chi2
 from distot.errors import InputError, StoreError
 from distot.problem import build_problem
 from distot.schedule import Check, StopRule, batch, first_batch
+from distot.source import Stream
 from distot.store import copy_latents
 
 RNG = np.random.default_rng(0)
@@ -35,7 +37,7 @@ class TestGoalAndBudgets:
     def test_samples_are_a_budget(self) -> None:
         solution = quiet(CLOUD, until_chi2=None, max_samples=20_000)
         assert solution.reason == "max_samples"
-        assert 20_000 - batch(300, 0) - solution.history[-1].looked < solution.samples <= 20_000
+        assert 20_000 - batch(300, 1.0, 0) - solution.history[-1].looked < solution.samples <= 20_000
 
     @pytest.mark.parametrize("budget", [1, 50, 700, 3000])
     def test_small_budgets_still_give_an_answer(self, budget: int) -> None:
@@ -177,7 +179,7 @@ class TestParts:
         events: list[dict[str, Any]] = []
         quiet(CLOUD, until_chi2=0.2, on_event=events.append)
         names = [e["event"] for e in events]
-        assert names[:3] == ["begin", "tree", "raise"]
+        assert names[:3] == ["begin", "start", "step"]
         assert names[-3:] == ["stop", "certify", "certificate"]
         assert {"step", "check"} <= set(names)
         assert all(0 < e["wanted"] < float("inf") for e in events if e["event"] == "step")
@@ -203,17 +205,30 @@ class TestParts:
         centred = y - y.mean(axis=0)
         values, vectors = np.linalg.eigh(centred.T @ centred / len(y))
         expected = -0.5 * (((centred @ vectors) ** 2) / np.sqrt(values)).sum(axis=1)
-        found = start.gaussian_heights(problem)
+        found = start.normal(problem).heights(problem.target.atoms).numpy()
         assert np.allclose(found - found.mean(), expected - expected.mean(), atol=1e-5)
 
-    def test_raise_gives_hungry_atoms_their_mass(self) -> None:
-        problem = build_problem(RNG.standard_normal((50, 3)))
+    def test_refinement_is_exact_for_quadratic_potentials(self) -> None:
+        """Where the potential is that of the Gaussian problem, (12), the refined heights are those of (12) again."""
+        problem = build_problem(RNG.standard_normal((400, 4)) * [1.0, 2.0, 0.5, 3.0] + 1.0)
+        guess, atoms = start.normal(problem), problem.target.atoms
+        level = tree.grow(atoms, problem.target.mass, 0)[-1]
+        refined = start.prolong(guess.heights(level.atoms), guess.inverse(level.atoms), level, atoms, guess)
+        assert torch.allclose(refined, guess.heights(atoms), atol=1e-9)
+
+    def test_start_is_much_better_than_the_gaussian_one(self) -> None:
+        """Two far clusters of unequal mass, which no Gaussian describes."""
+        y = np.concatenate([RNG.standard_normal((900, 3)), 0.1 * RNG.standard_normal((100, 3)) + 8.0])
+        problem = build_problem(y)
         search = assign.build("dense", problem.target.atoms)
-        heights = np.zeros(50)
-        heights[7] = -100.0
-        raised, work = start.reverse_raise(problem, search, heights, 5000, lambda: None)
-        assert raised[7] - raised[8] > heights[7] - heights[8] + 90
-        assert 5000 < work < 10_000
+
+        def error(heights: torch.Tensor) -> float:
+            counts = cell_counts(problem, search, heights, 100_000, Stream.CHECK, 0, lambda: None)
+            return chi2(counts, problem.target.mass).value
+
+        heights, work = start.multilevel(problem, "dense", lambda: None)
+        assert work == pytest.approx(start.work(1000, problem.orbit.work), rel=0.1)
+        assert error(heights) < 0.3 * error(start.normal(problem).heights(problem.target.atoms))
 
     def test_lift_brings_a_starving_atom_back(self) -> None:
         problem = build_problem(RNG.standard_normal((50, 3)))
@@ -221,30 +236,62 @@ class TestParts:
         x = torch.randn(1000, 3, generator=torch.Generator().manual_seed(0))
         heights = torch.zeros(50, dtype=torch.float64)
         heights[7] = -1000.0
-        hungry = torch.tensor([7])
+        state, hungry = optim.begin(heights, 0), torch.tensor([7])
         for _ in range(30):
-            near = search(x, heights, 2)
-            heights, work = start.lift(problem, heights, hungry, x, near.score[:, 0])
-        assert work == 20
+            near = search(x, state.heights, 2)
+            state = descent.lift(problem, state, hungry, x, near.score[:, 0])
+        heights = state.heights
+        assert state.samples == 30 * 20
         assert search(x, heights + 1e-3 * (torch.arange(50) == 7), 1).index.eq(7).sum() >= 1
         assert search(x, heights, 1).index.eq(7).sum() <= 1
 
     def test_starving_is_only_who_should_have_won(self) -> None:
         zero = torch.zeros(4, dtype=torch.float64)
         wins = torch.tensor([0.0, 0.5, 20.0, 0.0], dtype=torch.float64)
-        state = optim.State(zero, zero, zero, wins)
+        state = optim.State(zero, zero, zero, wins, torch.empty(2, 0, dtype=torch.int32))
         mass = torch.tensor([0.5, 0.45, 0.05, 1e-9], dtype=torch.float64)
         assert optim.starving(state, mass).tolist() == [0, 1]
 
     def test_tree_covers_every_atom(self) -> None:
         atoms = torch.randn(2000, 6, generator=torch.Generator().manual_seed(0))
-        nodes = tree.grow(atoms, 0)
-        assert [int(n.max()) + 1 for n in nodes] == tree.widths(2000) == [8, 32, 128]
-        levels = tree.levels(nodes, np.full(2000, 1 / 2000), torch.device("cpu"))
+        mass = np.arange(1, 2001) / (2000 * 2001 / 2)
+        levels = tree.grow(atoms, mass, 0)
+        assert [len(level.mass) for level in levels] == tree.widths(2000) == [31, 250]
+        assert [len(level.node) for level in levels] == [250, 2000]
+        mean = mass @ atoms.double().numpy()
         for level in levels:
-            assert float(level.mass.sum()) == pytest.approx(1)
+            assert level.mass.sum() == pytest.approx(1)
             assert (level.mass > 0).all()
-            assert level.sum(torch.ones(2000, dtype=torch.float64)).sum() == 2000
+            assert np.allclose(level.mass @ level.atoms.double().numpy(), mean, atol=1e-6)
+
+    def test_graph_solves_its_laplacian(self) -> None:
+        pairs = torch.randint(0, 30, (2, 400), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+        pairs = pairs[:, pairs[0] != pairs[1]]
+        margin = torch.linspace(0.5, 2.0, 30, dtype=torch.float64)
+        laplacian = np.zeros((30, 30))
+        for i, j in pairs.T.tolist():
+            edge = np.eye(30)[i] - np.eye(30)[j]
+            laplacian += np.outer(edge, edge) / (float(margin[i] + margin[j]) * pairs.shape[1])
+        gradient, anchor = torch.randn(30, generator=torch.Generator().manual_seed(1)), torch.full((30,), 0.01)
+        found = graph.build(pairs, margin)
+        expected = np.linalg.solve(laplacian + 0.01 * np.eye(30), gradient.numpy())
+        assert np.allclose(found.solve(gradient, anchor), expected, rtol=0.02, atol=0.02 * np.abs(expected).max())
+        shift = torch.arange(30.0)
+        apart = [(i - j) / (0.5 * float(margin[i] + margin[j])) for i, j in pairs.T.tolist()]
+        assert found.stretch(shift) == pytest.approx(np.sqrt(np.mean(np.square(apart))), rel=1e-5)
+
+    def test_damping_follows_the_steps(self) -> None:
+        """A batch that one atom wins whole would be followed too far: the next step is damped more, and less later."""
+        n = 20
+        near = assign.Winners(torch.tensor([[3, 4]] * 200), torch.tensor([[1.0, 0.9]] * 200))
+        even = torch.stack([torch.arange(200) % n, (torch.arange(200) + 1) % n], 1)
+        mass = torch.full((n,), 1 / n, dtype=torch.float64)
+        state = optim.begin(torch.zeros(n, dtype=torch.float64), 0)
+        wild = optim.update(state, optim.count(near, 0.0, n), 32, mass, 200)
+        assert wild.damping > 1.2
+        calm = optim.update(state, optim.count(assign.Winners(even, near.score), 0.0, n), 200, mass, 200)
+        assert calm.damping < 0.5
+        assert torch.allclose(calm.heights, state.heights)
 
     def test_tally_shares_a_sample_between_the_two_best(self) -> None:
         near = assign.Winners(torch.tensor([[0, 1], [2, 0]]), torch.tensor([[3.0, 2.0], [1.0, 1.0]]))
@@ -261,9 +308,10 @@ class TestParts:
         assert float(optim.mean_margin(sums[:3], counts[:3])) == pytest.approx(2)
 
     def test_batches_grow_only_late(self) -> None:
-        assert batch(10_000, 0) == batch(10_000, 250) == first_batch(10_000) == 2000
-        assert batch(10_000, 25_600) == 20_000
-        assert first_batch(3) == 32
+        assert batch(10_000, 1.0, 0) == batch(10_000, 1.0, 250) == first_batch(10_000, 1.0) == 2000
+        assert batch(10_000, 1.0, 25_600) == 20_000
+        assert first_batch(10_000, 0.25) == 4000
+        assert first_batch(3, 1.0) == 32
 
     def test_stop_rule_needs_a_close_look(self) -> None:
         rule = StopRule(1000, 0.05)
@@ -274,7 +322,7 @@ class TestParts:
 
     def test_later_close_looks_demand_more(self) -> None:
         rule = StopRule(1000, 0.05)
-        found = distot.certify.__globals__["solver"].chi2(np.full(1000, 30.0), np.full(1000, 1e-3))
+        found = chi2(np.full(1000, 30.0), np.full(1000, 1e-3))
         history: tuple[Check, ...] = ()
         uppers = []
         for _ in range(3):

@@ -10,6 +10,7 @@ from scipy import stats
 
 import distot
 from distot.errors import InputError
+from distot.orbit import Orbit
 from distot.source import BLOCK, Key, Sampler, Source, Stream, as_source, from_spec, uniforms
 
 COV = np.array([[4.0, 1.0, 0.0], [1.0, 2.0, -0.5], [0.0, -0.5, 0.3]])
@@ -82,7 +83,7 @@ def test_laws() -> None:
 
 def test_sobol_blocks_continue_one_sequence() -> None:
     """Blocks of a step are pieces of one net: together they are far more even than independent draws."""
-    u = torch.cat([uniforms(Key(0, Stream.STEP, 3, b), BLOCK, 1) for b in range(4)])[:, 0].sort().values
+    u = torch.cat([uniforms(Key(0, Stream.STEP, 3, b, b * BLOCK), BLOCK, 1) for b in range(4)])[:, 0].sort().values
     uneven = (u - (torch.arange(len(u)) + 0.5) / len(u)).abs().max()
     assert uneven < 2 / len(u)
     assert ((u > 0) & (u < 1)).all()
@@ -92,6 +93,42 @@ def test_a_short_block_is_the_beginning_of_a_long_one() -> None:
     for stream in Stream:
         key = Key(0, stream, 1, 1)
         assert torch.equal(uniforms(key, 10, 5), uniforms(key, 100, 5)[:10])
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "cube", "ball", "sphere"])
+@pytest.mark.parametrize("dim", [1, 2, 3, 5, 32])
+def test_every_point_of_an_orbit_has_the_law_of_the_source(kind: str, dim: int) -> None:
+    """Moments of each coordinate and of the radius, at every one of the T places of an orbit by itself."""
+    source = as_source(kind, dim)
+    orbit = Orbit(dim, source.symmetry, 0)
+    blocks = range(5)
+    points = torch.cat([source.draw_orbits(Key(1, Stream.CHECK, 0, b), BLOCK, orbit) for b in blocks])
+    plain = torch.cat([source.draw(Key(2, Stream.CHECK, 0, b), BLOCK) for b in blocks])
+    m, places = len(plain), points.reshape(len(plain), orbit.size, dim)
+    assert orbit.size == {1: 2, 2: 4, 3: 4, 5: 8, 32: 32}[dim]
+    for of in (lambda x: x, lambda x: x**2, lambda x: x**4, lambda x: x.norm(dim=-1, keepdim=True) ** 3):
+        expected, error = of(plain).mean(0), of(plain).std(0) / m**0.5
+        assert ((of(places).mean(0) - expected).abs() <= 6 * error + 1e-9).all()
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "sphere"])
+def test_points_of_an_orbit_are_orthogonal_or_opposite_in_the_mean(kind: str) -> None:
+    source = as_source(kind, 16)
+    orbit = Orbit(16, source.symmetry, 0)
+    x = source.draw_orbits(Key(1, Stream.CHECK, 0, 0), 4096, orbit).reshape(4096, orbit.size, 16)
+    assert torch.allclose(x.norm(dim=2), x.norm(dim=2)[:, :1])
+    gram = (x @ x.transpose(1, 2)).mean(0) / x.square().sum(2).mean()
+    expected = torch.eye(16, dtype=torch.float64)
+    expected = torch.cat([torch.cat([expected, -expected]), torch.cat([-expected, expected])], 1)
+    assert torch.allclose(gram, expected, atol=0.05)
+
+
+def test_an_orbit_costs_a_fraction_of_plain_samples() -> None:
+    assert Orbit(8, "none", 0).work == 1
+    assert Orbit(32, "rotations", 0).work == pytest.approx((64 + 64 + 128) / 32 / 69)
+    assert 1 > Orbit(1, "signs", 0).work > Orbit(2, "signs", 0).work > Orbit(8, "signs", 0).work
+    z = torch.randn(5, 7, dtype=torch.float64)
+    assert torch.equal(Orbit(7, "none", 0).expand(z), z)
 
 
 def test_many_dimensions_fall_back_to_independent_points() -> None:
