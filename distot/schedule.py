@@ -39,7 +39,7 @@ class Options:
         positive = {k: getattr(self, k) for k in POSITIVE}
         for name, value in positive.items():
             if value is not None and not (np.isfinite(value) and value > 0):
-                raise InputError(f"{name} must be positive, or None for none; it is {value}")
+                raise InputError(f"{name} must be positive, or None; it is {value}")
         if not (np.isfinite(self.checkpoint_seconds) and self.checkpoint_seconds >= 0):
             raise InputError(f"checkpoint_seconds must be 0 or more, it is {self.checkpoint_seconds}")
         if self.top_k < 2:

@@ -28,7 +28,7 @@ def run(*words: str, folder: Path, code: int = 0) -> subprocess.CompletedProcess
 def test_demo(tmp_path: Path) -> None:
     first = run("-m", "jobs.demo", "demo", "--count", "600", "--dim", "8", folder=tmp_path)
     assert "the goal was reached" in first.stdout
-    assert "Efficiency 0." in first.stdout
+    assert "Efficiency " in first.stdout
     assert "distot resume demo/run.zarr --until-chi2 0.03" in first.stdout
     solution = distot.load(tmp_path / "demo/run.zarr")
     assert solution.heights.shape == (600,)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import ot
 import pytest
 import torch
 from numpy.typing import NDArray
+from scipy.special import logsumexp, xlogy
 
 import distot
-from distot import assign, descent, graph, optim, start, tree
+from distot import assign, descent, entropic, graph, optim, start, tree
 from distot.certify import cell_counts, chi2
 from distot.errors import InputError, StoreError
 from distot.problem import build_problem
@@ -73,7 +75,7 @@ class TestGoalAndBudgets:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"until_chi2": -1}, "until_chi2 must be positive, or None for no limit; it is -1"),
+            ({"until_chi2": -1}, "until_chi2 must be positive, or None; it is -1"),
             ({"until_chi2": float("nan")}, "until_chi2 must be positive"),
             ({"max_samples": 0}, "max_samples must be positive"),
             ({"max_seconds": -3}, "max_seconds must be positive"),
@@ -172,6 +174,98 @@ class TestAnyData:
         counts = np.bincount(solution.assign(np.random.default_rng(2).standard_normal((200_000, 8))), minlength=500)
         heavy = mass / mass.sum() > 0.01
         assert np.allclose(counts[heavy] / 200_000, mass[heavy] / mass.sum(), rtol=0.1)
+
+
+class TestEntropic:
+    @pytest.mark.parametrize("epsilon", [0.1, 1.0])
+    def test_agrees_with_sinkhorn(self, epsilon: float) -> None:
+        """Heights, transport cost and dual value of POT's Sinkhorn between an array source and weighted latents."""
+        x, y, nu = RNG.standard_normal((400, 3)), RNG.standard_normal((30, 3)) * [1, 2, 0.5] + 1, RNG.random(30) + 0.2
+        nu /= nu.sum()
+        cost = 0.5 * ((x[:, None] - y) ** 2).sum(2)
+        plan, log = ot.bregman.sinkhorn_log(np.full(400, 1 / 400), nu, cost, epsilon, 100_000, 1e-11, log=True)
+        h = epsilon * log["log_v"] - 0.5 * (y**2).sum(1)
+        value = 2 * float((plan * cost).sum() + epsilon * xlogy(plan, plan * 400 / nu).sum())
+        solution = quiet(y, x, nu, None, 40_000, epsilon=epsilon, top_k=30, certificate_samples=50_000)
+        found = solution.certificate
+        assert np.allclose(solution.heights, h - nu @ h, atol=0.1)
+        assert abs(found.map_cost - 2 * (plan * cost).sum()) < 5 * found.map_cost_error
+        assert abs(found.w2_squared_bound - value) < 5 * found.w2_squared_bound_error
+        assert found.map_cost + found.mismatch + found.regularisation == pytest.approx(found.w2_squared_bound, rel=1e-6)
+        assert found.truncation < 1e-6
+        score = (x @ y.T + solution.heights) / epsilon
+        share = np.exp(score - logsumexp(score, axis=1, keepdims=True)).mean(0)
+        true = float(((share - nu) ** 2 / nu).sum())
+        assert true < 0.002
+        assert abs(found.chi2 - true) < 4 * found.chi2_error
+
+    def test_goal_and_resume(self, tmp_path: Any) -> None:
+        straight = quiet(CLOUD, until_chi2=0.02, epsilon=0.1)
+        assert straight.reason == "until_chi2"
+        assert straight.certify(200_000, 1).chi2 < 0.02
+        first = quiet(CLOUD, until_chi2=None, max_samples=3000, epsilon=0.1, run=tmp_path / "run.zarr")
+        assert first.certificate.epsilon == pytest.approx(0.1)
+        again = distot.resume(tmp_path / "run.zarr", max_samples=6000, progress=False)
+        whole = quiet(CLOUD, until_chi2=None, max_samples=6000, epsilon=0.1)
+        assert np.allclose(again.heights, whole.heights, atol=0.2)
+        assert distot.load(tmp_path / "run.zarr").certificate == again.certificate
+
+    def test_says_what_few_winners_leave_out(self) -> None:
+        with pytest.warns(distot.DistotWarning, match="lies beyond the 2 best latents of a sample; give a larger top_k"):
+            solution = quiet(CLOUD, until_chi2=None, max_samples=3000, epsilon=2.0, top_k=2)
+        assert solution.certificate.truncation > 0.1
+
+    def test_log_sum_exp_is_that_of_all_atoms(self) -> None:
+        atoms, x = torch.randn(5000, 4), torch.randn(700, 4)
+        heights = torch.randn(5000, dtype=torch.float64)
+        expected = 0.3 * ((x.double() @ atoms.double().T + heights) / 0.3).logsumexp(1)
+        assert torch.allclose(entropic.potential(atoms, x, heights, 0.3), expected, atol=1e-4)
+
+
+class TestWarmStart:
+    def test_goes_on_from_its_own_heights(self, tmp_path: Any) -> None:
+        """A little more work on a good answer keeps it good; from scratch it would not be."""
+        n = len(CLOUD)
+        first = quiet(CLOUD, until_chi2=None, max_samples=60 * n, run=tmp_path / "first.zarr", certificate_samples=10**5)
+        for init in (first, first.heights, tmp_path / "first.zarr"):
+            more = quiet(CLOUD, until_chi2=None, max_samples=8 * n, init=init, seed=3, certificate_samples=10**5)
+            assert more.certificate.chi2 < 0.5 * quiet(CLOUD, until_chi2=None, max_samples=8 * n).certificate.chi2
+            assert more.certificate.chi2 < 2 * first.certificate.chi2 + 0.02
+
+    def test_heights_follow_latents_to_another_frame(self) -> None:
+        """All latents moved and one added: the transferred heights are those of the moved problem."""
+        first = quiet(CLOUD, until_chi2=None, max_samples=20_000, certificate_samples=10**5)
+        moved = np.concatenate([CLOUD[::-1] * 1.001 + 0.002, [CLOUD[5] + 0.01]])
+        problem = build_problem(moved, distot.Gaussian(np.full(5, 2.0)))
+        heights = start.transfer(problem, first.problem, first._progress.state.average, "dense")
+        search = assign.build("dense", problem.target.atoms)
+        counts = cell_counts(problem, search, heights, 100_000, Stream.CHECK, 0, lambda: None)
+        assert chi2(counts, problem.target.mass).value > 1  # the source moved: those heights are for another source
+        problem = build_problem(moved)
+        heights = start.transfer(problem, first.problem, first._progress.state.average, "dense")
+        counts = cell_counts(problem, search, heights, 100_000, Stream.CHECK, 0, lambda: None)
+        assert chi2(counts, problem.target.mass).value < 0.1
+
+    def test_resume_of_a_start_that_was_cut_short(self, tmp_path: Any) -> None:
+        first = quiet(CLOUD, until_chi2=None, max_samples=20_000)
+        cut = quiet(CLOUD, init=first.heights, max_seconds=1e-9, run=tmp_path / "run.zarr")
+        assert cut.reason == "max_seconds"
+        distot.resume(tmp_path / "run.zarr", max_seconds=60, progress=False)
+        straight = quiet(CLOUD, init=first.heights)
+        assert np.array_equal(distot.load(tmp_path / "run.zarr").heights, straight.heights)
+
+    @pytest.mark.parametrize(
+        ("init", "message"),
+        [
+            (np.zeros(299), "one height for each of the 300 latents"),
+            (np.full(300, np.nan), "300 heights that are NaN"),
+        ],
+    )
+    def test_bad_heights(self, init: Any, message: str) -> None:
+        with pytest.raises(InputError, match=message):
+            quiet(CLOUD, init=init)
+        with pytest.raises(InputError, match="solved in dimension 5, the latents have 4"):
+            quiet(CLOUD[:, :4], init=quiet(CLOUD, until_chi2=None, max_samples=500))
 
 
 class TestParts:
