@@ -248,8 +248,8 @@ def _drive(
             watch.tell("certificate", **certificate.to_dict())
             if certificate.truncation > 0.01:
                 watch.warn(
-                    f"{certificate.truncation:.1%} of the entropic plan lies beyond the {options.top_k} best latents of "
-                    f"a sample; give a larger top_k, or a smaller epsilon"
+                    f"{certificate.truncation:.1%} of the entropic plan lies beyond the {options.top_k} best latents "
+                    f"of a sample; give a larger top_k, or a smaller epsilon"
                 )
             return _solution(case, progress, remarks, certificate)
 

@@ -80,5 +80,5 @@ def chi2(total: Array, squares: Array, samples: int, mass: Array) -> tuple[float
     """
     pairs = float(((total**2 - squares) / mass).sum()) / (samples * (samples - 1.0))
     mean = total / samples
-    z1, z2 = float(((mean / mass - 1) ** 2 @ mean)), len(mass) - 1.0
+    z1, z2 = float((mean / mass - 1) ** 2 @ mean), len(mass) - 1.0
     return pairs - 1.0, float(np.sqrt((4 * z1 * (samples - 2) + 2 * z2) / (samples * (samples - 1.0))))

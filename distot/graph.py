@@ -1,7 +1,7 @@
 """The facet graph: a Newton step from the pairs (winner, runner-up) that a search gives away; docs/math.md (16).
 
-The Hessian of the energy is a graph Laplacian: raising atom i takes mass from its neighbours alone, across facets. A sample
-whose two best atoms are i and j lies near their facet, so counting such pairs estimates the weights of the graph.
+The Hessian of the energy is a graph Laplacian: raising atom i takes mass from its neighbours alone, across facets. A
+sample whose two best atoms are i and j lies near their facet, so counting such pairs estimates the graph's weights.
 Legend: n atoms, m pairs.
 """
 

@@ -1,4 +1,4 @@
-"""The step: averaged stochastic Newton steps on the facet graph, damped in units of the margin; docs/math.md (14), (16).
+"""The step: averaged stochastic Newton steps on the facet graph, damped by the margins; docs/math.md (14), (16).
 
 Pure functions from state to state, so that a stop at any moment leaves the last whole state behind.
 Legend: n atoms, B samples of a batch.

@@ -2,8 +2,8 @@
 
 Split a draw z of a source that is symmetric under sign flips of its coordinates into g blocks z_b, and let H be a
 Hadamard matrix (g, g). Then the 2 g points +- sum_b H_kb z_b have each exactly the law of the source, any two of them
-are orthogonal in expectation or opposite, and their scores follow from the g partial products <z_b, y> by a fast Hadamard
-transform. Legend: B draws, d dimension, g blocks, T = 2 g points of an orbit.
+are orthogonal in expectation or opposite, and their scores follow from the g partial products <z_b, y> by a fast
+Hadamard transform. Legend: B draws, d dimension, g blocks, T = 2 g points of an orbit.
 """
 
 from __future__ import annotations

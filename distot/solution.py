@@ -114,7 +114,8 @@ class Solution:
     def assign(self, x: ArrayLike | Tensor) -> NDArray[np.int64]:
         """Index of the latent whose power cell holds each sample x (B, d) -> (B,), math (2).
 
-        Equal latents count as one; the lowest of their indices is given. At a fixed epsilon it is the likeliest one. Raises InputError for a wrong shape or NaN.
+        Equal latents count as one; the lowest of their indices is given. At a fixed epsilon it is the likeliest one.
+        Raises InputError for a wrong shape or NaN.
         """
         target, frame = self.problem.target, self.problem.frame
         values = (

@@ -11,10 +11,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from distot import descent, optim, schedule, start, tree
 from distot.assign import Assigner
@@ -62,8 +60,9 @@ def restore(arrays: dict[str, NDArray[Any]], scalars: dict[str, Any], device: to
     """The inverse of ``Progress.arrays`` and ``Progress.scalars``, ready to run on."""
     tensors = {name: torch.as_tensor(arrays[name], device=device) for name in ARRAYS}
     numbers = {name: scalars[name] for name in ("damping", "step", "time", "samples")}
+    state: dict[str, Any] = tensors | numbers
     return Progress(
-        State(**tensors, **numbers),
+        State(**state),
         scalars["next_check"],
         tuple(Check(**check) for check in scalars["history"]),
         scalars["started"],

@@ -145,9 +145,7 @@ def _end(nodes: int, orbit_work: float) -> float:
     return SAMPLES_PER_NODE * nodes * orbit_work**-0.5 / schedule.first_batch(nodes, orbit_work)
 
 
-def _solve(
-    coarse: Problem, assigner: str, heights: Tensor, first: int, poll: Callable[[], None]
-) -> tuple[Tensor, int]:
+def _solve(coarse: Problem, assigner: str, heights: Tensor, first: int, poll: Callable[[], None]) -> tuple[Tensor, int]:
     """Average heights of the centroids after a fixed number of samples, and their work."""
     search = assign.build(assigner, coarse.target.atoms)
     mass = torch.as_tensor(coarse.target.mass, device=heights.device)

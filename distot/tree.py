@@ -36,7 +36,10 @@ def widths(n: int) -> list[int]:
 
 
 def grow(atoms: Tensor, mass: Array, seed: int) -> list[Level]:
-    """The levels above atoms (n, d), coarsest first, without empty nodes. Raises InputError if FAISS is not installed."""
+    """The levels above atoms (n, d), coarsest first, without empty nodes.
+
+    Raises InputError if FAISS is not installed.
+    """
     if not (wanted := widths(len(atoms))):
         return []
     from distot.assign.faiss import kmeans

@@ -65,7 +65,7 @@ def main(
     say(
         "\nchi2 is the squared relative error of the cells' probabilities, averaged: 0.05 is 22 %, root mean square.\n"
         "W2² is the transport cost: with 95 % confidence the true one is not below the limit, however good the map.\n"
-        f"Efficiency {solution.efficiency:.2f}: plain samples without waste would give 1; all search work is counted, in plain samples.\n"
+        f"Efficiency {solution.efficiency:.2f}: plain samples without waste would give 1; all search work is counted.\n"
         "\nWhat it is for: every noise vector now has its own patch."
     )
     for x, i in zip(noise, solution.assign(noise), strict=True):

@@ -477,7 +477,7 @@ def test_full_disk_during_checkpoints(mounting: Launcher, latents: Path, tmp_pat
     [
         ("size=32k", "run.zarr needs about 0.1 MiB and its disk has 0.0 MiB free; free some space"),
         ("size=1m,nr_inodes=8", "run.zarr: the disk is full; free some space or choose another disk"),
-        ("size=100k", "cannot write the checkpoint"),
+        ("size=1m,nr_inodes=18", "cannot write the checkpoint"),
     ],
     ids=["by the estimate", "while the folder is made", "at the first checkpoint"],
 )

@@ -211,7 +211,9 @@ class TestEntropic:
         assert distot.load(tmp_path / "run.zarr").certificate == again.certificate
 
     def test_says_what_few_winners_leave_out(self) -> None:
-        with pytest.warns(distot.DistotWarning, match="lies beyond the 2 best latents of a sample; give a larger top_k"):
+        with pytest.warns(
+            distot.DistotWarning, match="lies beyond the 2 best latents of a sample; give a larger top_k"
+        ):
             solution = quiet(CLOUD, until_chi2=None, max_samples=3000, epsilon=2.0, top_k=2)
         assert solution.certificate.truncation > 0.1
 
@@ -226,7 +228,9 @@ class TestWarmStart:
     def test_goes_on_from_its_own_heights(self, tmp_path: Any) -> None:
         """A little more work on a good answer keeps it good; from scratch it would not be."""
         n = len(CLOUD)
-        first = quiet(CLOUD, until_chi2=None, max_samples=60 * n, run=tmp_path / "first.zarr", certificate_samples=10**5)
+        first = quiet(
+            CLOUD, until_chi2=None, max_samples=60 * n, run=tmp_path / "first.zarr", certificate_samples=10**5
+        )
         for init in (first, first.heights, tmp_path / "first.zarr"):
             more = quiet(CLOUD, until_chi2=None, max_samples=8 * n, init=init, seed=3, certificate_samples=10**5)
             assert more.certificate.chi2 < 0.5 * quiet(CLOUD, until_chi2=None, max_samples=8 * n).certificate.chi2
