@@ -26,7 +26,7 @@ RATES = (0.05, 0.2)  # of Adam
 FRESH = 0.01  # weight of the newest iterate in OTT's moving average; its default of 0.99 hardly averages
 
 
-def pot(y: Array, source: Source, samples: int) -> Array:
+def pot(y: Array, samples: int, source: Source) -> Array:
     """``solve_semidiscrete`` with its defaults, which are DRAG, but for the batch."""
     step = iter(range(samples))
 
@@ -39,7 +39,7 @@ def pot(y: Array, source: Source, samples: int) -> Array:
     return weights_to_heights(np.asarray(g), y)
 
 
-def ott(y: Array, source: Source, samples: int, rate: float) -> Array:
+def ott(y: Array, samples: int, source: Source, rate: float) -> Array:
     """``SemidiscreteSolver`` with Adam at a constant rate and a moving average of iterates, no regularisation."""
     steps = max(1, samples // BATCH)
     cloud = SemidiscretePointCloud(partial(_draw, source), jnp.asarray(y, dtype=jnp.float32), epsilon=0.0)

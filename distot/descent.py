@@ -16,7 +16,7 @@ from distot.optim import State, Tally
 from distot.problem import Problem
 from distot.source import Stream
 
-LIFT_EVERY = 5  # steps between two looks for starving atoms
+LIFT_EVERY = 2  # steps between two looks for starving atoms
 
 
 def advance(

@@ -17,7 +17,7 @@ from distot.errors import InputError
 MOST_WARM = 100  # samples per atom that a warm start is taken to be worth at most
 POSITIVE = ("until_chi2", "max_samples", "max_seconds", "certificate_samples", "epsilon")
 BATCH_SHARE, BATCH_LEAST = 5, 32  # the first steps draw n / (5 work^½) samples of this work each, at least 32
-BATCH_GROWTH = 16  # a step t first batches into the run draws max(1, t^½ / 16) first batches
+BATCH_GROWTH = 8  # a step t first batches into the run draws max(1, t^½ / 8) first batches
 
 
 @dataclass(frozen=True)
