@@ -51,7 +51,7 @@ def advance(
 
 
 def lift(problem: Problem, state: State, hungry: Tensor, x: Tensor, potential: Tensor) -> State:
-    """Brings starving atoms half the way to the height at which each would win one of the samples x (B, d); math (13).
+    """Brings starving atoms half the way to the height at which each would win one of the samples x (B, d); math 5 c.
 
     potential: u_h(x) (B,), known from the search of the step. Half the way, again and again, does not pass
     the height of one win in B, which is too much where B < n.

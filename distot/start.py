@@ -131,7 +131,7 @@ def probe(
 
 
 def prolong(heights: Tensor, centres: Tensor, level: Level, finer: Tensor, guess: Normal) -> Tensor:
-    """Heights of finer atoms, to second order about their node: h - <centre of its cell, dy> - ½ dyᵀ B^-1 dy."""
+    """Heights of finer atoms, to second order about their node; math (13)."""
     out = torch.empty(len(finer), dtype=torch.float64, device=finer.device)
     for rows in blocks(len(finer)):
         node = level.node[rows]
