@@ -13,6 +13,7 @@ from distot import assign, optim, schedule
 from distot.assign import Assigner
 from distot.entropic import Soft
 from distot.optim import State, Tally
+from distot.orbit import points
 from distot.problem import Problem
 from distot.source import Stream
 
@@ -46,7 +47,7 @@ def advance(
     epsilon = 0.0 if soft is None else soft.epsilon
     state = optim.update(state, tally, schedule.first_batch(n, orbit.work), mass, work, epsilon)
     if soft is None and state.step % LIFT_EVERY == 0 and len(hungry := optim.starving(state, mass)):
-        state = lift(problem, state, hungry, x, near.score[:, 0])
+        state = lift(problem, state, hungry, points(x), near.score[:, 0])
     return state
 
 

@@ -3,11 +3,12 @@
 Split a draw z of a source that is symmetric under sign flips of its coordinates into g blocks z_b, and let H be a
 Hadamard matrix (g, g). Then the 2 g points +- sum_b H_kb z_b have each exactly the law of the source, any two of them
 are orthogonal in expectation or opposite, and their scores follow from the g partial products <z_b, y> by a fast
-Hadamard transform. Legend: B draws, d dimension, g blocks, T = 2 g points of an orbit.
+Hadamard transform. Legend: B draws, d dimension, g blocks of width w, T = 2 g points of an orbit.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -22,14 +23,14 @@ COMPARE = 3  # flops to keep best and runner-up up to date by one score
 
 
 class Orbit:
-    """The points +- H z in d dimensions. Under "rotations" the blocks lie in random directions, so that none dominates.
+    """How a source of d dimensions makes orbits. Under "rotations" the blocks lie in random directions, so that none dominates.
 
     size: T, points of an orbit; 1 for a source without symmetry, which is its own orbit.
     work: what one of them costs, in plain samples: flops over those of a plain sample, comparisons counted in both.
     """
 
     def __init__(self, dim: int, symmetry: Symmetry, seed: int) -> None:
-        self.size, self.work = 1, 1.0
+        self.size, self.work, self.axes = 1, 1.0, torch.empty(0, 0, dim, dtype=torch.float64)
         if symmetry == "none":
             return
         log = min(dim, MOST_BLOCKS).bit_length() - 1
@@ -37,7 +38,6 @@ class Orbit:
         self.size = 2 * g
         self.work = (2 * dim + g * log + (1 + COMPARE) * 2 * g) / (2 * g * (2 * (dim + 1) + COMPARE))
         self.width = -(-dim // g)  # coordinates of a block; the last ones are filled up with zeros
-        self.signs = torch.from_numpy(hadamard(g).astype(np.float64))
         axes = np.eye(dim)
         if symmetry == "rotations":
             sequence = np.random.SeedSequence(seed, spawn_key=(0,))
@@ -48,12 +48,38 @@ class Orbit:
         # coordinate j belongs to block j mod g, so that blocks of a cube mix leading and trailing axes
         self.axes = torch.from_numpy(np.ascontiguousarray(padded.reshape(self.width, g, dim).transpose(1, 0, 2)))
 
-    def expand(self, z: Tensor) -> Tensor:
-        """Draws (B, d) float64 about the centre of symmetry -> the points of their orbits (B T, d)."""
-        if self.size == 1:
-            return z
-        g = len(self.signs)
+    def of(self, z: Tensor, basis: Tensor) -> Orbits:
+        """Orbits of draws z (B, d) about the centre of symmetry; ``basis`` are the axes (g, w, d) as seen in a frame."""
+        g = len(basis)
         padded = torch.nn.functional.pad(z, (0, self.width * g - z.shape[1]))
-        blocks = padded.reshape(len(z), self.width, g).permute(2, 0, 1) @ self.axes  # (g, B, d)
-        points = torch.tensordot(self.signs, blocks, dims=1)  # (g, B, d)
-        return torch.cat([points, -points]).transpose(0, 1).reshape(len(z) * self.size, -1)
+        return Orbits(padded.reshape(len(z), self.width, g).transpose(1, 2).to(basis).contiguous(), basis)
+
+
+@dataclass(frozen=True)
+class Orbits:
+    """A request to search the points of orbits: T = 2 g for each of B draws, in the order +H z, -H z.
+
+    Block b of a draw, as a vector, is z[:, b] @ basis[b].
+    """
+
+    z: Tensor  # (B, g, w)
+    basis: Tensor  # (g, w, d)
+
+    def __len__(self) -> int:
+        return 2 * self.z.shape[0] * self.z.shape[1]
+
+    def points(self) -> Tensor:
+        """All points (B T, d)."""
+        blocks = torch.einsum("bgw,gwd->gbd", self.z, self.basis)
+        points = torch.tensordot(signs(len(blocks)).to(blocks), blocks, dims=1)  # (g, B, d)
+        return torch.cat([points, -points]).transpose(0, 1).reshape(len(self), -1)
+
+
+def signs(g: int) -> Tensor:
+    """The Hadamard matrix (g, g) of Sylvester."""
+    return torch.from_numpy(hadamard(g).astype(np.float64))
+
+
+def points(x: Tensor | Orbits) -> Tensor:
+    """The samples of a request one by one, (B, d)."""
+    return x.points() if isinstance(x, Orbits) else x

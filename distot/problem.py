@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distot.errors import InputError
-from distot.orbit import Orbit
+from distot.orbit import Orbit, Orbits
 from distot.power import Array, Frame
 from distot.source import BLOCK, Key, Source, Stream, as_source
 from distot.target import Rows, Target, build_target, check_rows
@@ -27,20 +27,25 @@ class Problem:
     source_cov: Array  # (d, d), user units
     seed: int
     orbit: Orbit
+    basis: Tensor  # (g, w, d) float32, axes of the orbit's blocks in the frame; empty without orbits
 
     def keys(self, stream: Stream, step: int, samples: int, block: int = BLOCK) -> Iterator[tuple[Key, int]]:
         """Blocks that make up ``samples`` samples of one step: (key, size of the block)."""
         for number, first in enumerate(range(0, samples, block)):
             yield Key(self.seed, stream, step, number, first), min(block, samples - first)
 
-    def batch(self, stream: Stream, step: int, samples: int) -> Iterator[Tensor]:
-        """At least ``samples`` samples of one step, whole orbits, by blocks (at most BLOCK, d) float32 in the frame.
+    def batch(self, stream: Stream, step: int, samples: int) -> Iterator[Tensor | Orbits]:
+        """At least ``samples`` samples of one step, whole orbits, by blocks of at most BLOCK, float32 in the frame.
 
         Each has the law of the source, but those of an orbit depend on each other: for steps, not for error bars.
         """
-        size, device = self.orbit.size, self.target.atoms.device
+        size = self.orbit.size
         for key, draws in self.keys(stream, step, -(-samples // size), BLOCK // size):
-            yield self.frame.source_in(self.source.draw_orbits(key, draws, self.orbit)).to(device)
+            z = self.source.centred(key, draws)
+            if size > 1:
+                yield self.orbit.of(z, self.basis)
+            else:
+                yield self.frame.source_in(self.source.place(z)).to(self.target.atoms.device)
 
 
 def build_problem(
@@ -56,7 +61,9 @@ def build_problem(
     mean, cov = found.moments(seed)
     target, frame = build_target(latents, mass, (mean, cov))
     target = Target(**(vars(target) | {"atoms": target.atoms.to(where)}))
-    return Problem(found, target, frame, cov, seed, Orbit(found.dim, found.symmetry, seed))
+    orbit = Orbit(found.dim, found.symmetry, seed)
+    basis = frame.source_in(found.place(orbit.axes)) - frame.source_in(found.place(torch.zeros_like(orbit.axes)))
+    return Problem(found, target, frame, cov, seed, orbit, basis.to(where))
 
 
 def resolve_device(device: str) -> torch.device:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.quasirandom import SobolEngine
 
 from distot.errors import InputError
-from distot.orbit import Orbit, Symmetry
+from distot.orbit import Symmetry
 from distot.power import Array
 
 BLOCK = 4096
@@ -67,7 +67,7 @@ def uniforms(key: Key, n: int, columns: int) -> Tensor:
 
 
 class Source(ABC):
-    """A probability on R^d that can be sampled: ``place`` of a variable about zero, which has a ``symmetry``."""
+    """A probability on R^d that can be sampled: ``place``, an affine map, of a variable that has a ``symmetry``."""
 
     kind: ClassVar[str]
     symmetry: ClassVar[Symmetry] = "none"
@@ -89,10 +89,6 @@ class Source(ABC):
     def draw(self, key: Key, n: int) -> Tensor:
         """Samples (n, d) float64 of the block named by ``key``."""
         return self.place(self.centred(key, n))
-
-    def draw_orbits(self, key: Key, n: int, orbit: Orbit) -> Tensor:
-        """The orbits (n T, d) float64 of n draws: each point has the law of the source, points of one orbit depend."""
-        return self.place(orbit.expand(self.centred(key, n)))
 
     @abstractmethod
     def moments(self, seed: int) -> tuple[Array, Array]:

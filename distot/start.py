@@ -15,6 +15,7 @@ from torch import Tensor
 from distot import assign, descent, optim, schedule, tree
 from distot.assign import Assigner
 from distot.entropic import Soft
+from distot.orbit import points
 from distot.power import Array
 from distot.problem import Problem
 from distot.source import Stream
@@ -165,7 +166,7 @@ def _centres(
     for x in coarse.batch(Stream.START, step, max(CENTRE_LEAST, CENTRE_SAMPLES * len(atoms))):
         poll()
         winner = search(x, heights, k=1).index[:, 0]
-        total.index_add_(0, winner, x.double())
+        total.index_add_(0, winner, points(x).double())
         count.index_add_(0, winner, torch.ones_like(winner, dtype=torch.float64))
     mean = torch.where(count[:, None] > 0, total / count.clamp_min(1)[:, None], guess.inverse(atoms))
     return mean, float(count.sum()) * coarse.orbit.work

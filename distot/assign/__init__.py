@@ -6,15 +6,14 @@ Legend: B samples, n atoms, d dimension, k winners. Everything is in the frame, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Protocol
 
 from torch import Tensor
 
 from distot.errors import InputError
+from distot.orbit import Orbits
 
-NAMES = ("auto", "dense", "faiss")
-FAISS_FROM = 32  # dimension
+NAMES = ("auto", "native", "dense", "faiss")
 
 
 @dataclass(frozen=True)
@@ -33,26 +32,30 @@ class Winners:
 class Assigner(Protocol):
     """Finds winners among fixed atoms (n, d); heights change from call to call. Exact up to float32 rounding.
 
-    ``name`` says which implementation it is. A call costs 2 n (d + 1) flops for each sample.
+    ``name`` says which implementation it is. A call costs 2 n (d + 1) flops for each sample; of an orbit those of math
+    (18), if the assigner knows orbits, else the same.
     """
 
     name: str
 
-    def __call__(self, x: Tensor, heights: Tensor, k: int = 2) -> Winners:
-        """x (B, d) float32, heights (n,) of any float type, 1 <= k <= n."""
+    def __call__(self, x: Tensor | Orbits, heights: Tensor, k: int = 2) -> Winners:
+        """x (B, d) float32, or orbits of B points; heights (n,) of any float type, 1 <= k <= n."""
         ...
 
 
 def build(name: str, atoms: Tensor) -> Assigner:
     """The assigner ``name`` over atoms (n, d) float32.
 
-    "dense": tiled torch, any device. "faiss": FAISS flat index on the CPU. "auto": the faster one by
-    bench/reports/assign.md, which is FAISS, if installed, on the CPU from d = FAISS_FROM. Raises InputError for an
-    unknown name, or FAISS on a GPU.
+    "native": our own kernels on the CPU. "dense": tiled torch, any device. "faiss": FAISS flat index on the CPU.
+    "auto": the fastest by bench/reports/assign.md, native on the CPU, dense on a GPU. Raises InputError for an unknown
+    name, or a CPU search of atoms on a GPU.
     """
     if name == "auto":
-        faster = atoms.device.type == "cpu" and atoms.shape[1] >= FAISS_FROM and find_spec("faiss") is not None
-        name = "faiss" if faster else "dense"
+        name = "native" if atoms.device.type == "cpu" else "dense"
+    if name == "native":
+        from distot.assign.native import Native
+
+        return Native(atoms)
     if name == "dense":
         from distot.assign.dense import Dense
 

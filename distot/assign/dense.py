@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from distot.assign import Winners
+from distot.orbit import Orbits, points
 
 GROUP = 32
 TILE_ROWS, TILE_ATOMS = 512, 2048  # 4 MiB of scores on the CPU
@@ -26,7 +27,8 @@ class Dense:
         self.rows = TILE_ROWS_CUDA if on_gpu else TILE_ROWS
         self.width = TILE_ATOMS_CUDA if on_gpu else TILE_ATOMS
 
-    def __call__(self, x: Tensor, heights: Tensor, k: int = 2) -> Winners:
+    def __call__(self, x: Tensor | Orbits, heights: Tensor, k: int = 2) -> Winners:
+        x = points(x)
         h = heights.to(dtype=torch.float32, device=x.device)
         parts = [self._rows(x[a : a + self.rows], h, k) for a in range(0, len(x), self.rows)]
         if not parts:

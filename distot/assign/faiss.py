@@ -8,6 +8,7 @@ from torch import Tensor
 from distot.assign import Winners
 from distot.assign.dense import Dense
 from distot.errors import InputError
+from distot.orbit import Orbits, points
 
 try:
     import faiss
@@ -30,8 +31,8 @@ class Faiss:
         self.codes = torch.from_numpy(faiss.rev_swig_ptr(self.index.get_xb(), n * (d + 1)).reshape(n, d + 1))
         self.dense = Dense(self.codes[:, :d])
 
-    def __call__(self, x: Tensor, heights: Tensor, k: int = 2) -> Winners:
-        n = len(self.codes)
+    def __call__(self, x: Tensor | Orbits, heights: Tensor, k: int = 2) -> Winners:
+        n, x = len(self.codes), points(x)
         self.codes[:, -1] = heights
         query = torch.cat([x, torch.ones(len(x), 1)], dim=1).numpy()
         score, index = (torch.from_numpy(a) for a in self.index.search(query, min(k + 1, n)))

@@ -1,0 +1,304 @@
+// The search, compiled once for every instruction set: DISTOT_ISA names the namespace, LANES the floats of a register.
+//
+// A lane is a sample (or a draw). A panel is a few registers of samples, packed so that a coordinate of all of them is
+// contiguous; it meets the atoms one small group at a time, with all scores of the group in registers. Scores never go
+// to memory unless one beats the k-th best of its sample so far, which happens some k ln(n / k) times in n.
+
+#include <algorithm>
+#include <atomic>
+#include <cfloat>
+#include <cstring>
+#include <new>
+#include <thread>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "search.hpp"
+
+namespace distot::DISTOT_ISA {
+
+typedef float V __attribute__((vector_size(LANES * 4)));
+typedef int32_t Mask __attribute__((vector_size(LANES * 4)));
+
+inline V all(float value) { return V{} + value; }
+inline V larger(V a, V b) { return a > b ? a : b; }
+inline V smaller(V a, V b) { return a < b ? a : b; }
+
+inline bool any(Mask mask) {
+#if LANES == 16 && defined(__AVX512F__)
+    return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif LANES == 8 && defined(__AVX__)
+    return _mm256_movemask_ps((__m256)mask) != 0;
+#else
+    int32_t found = 0;
+    for (int i = 0; i < LANES; ++i) found |= mask[i];
+    return found != 0;
+#endif
+}
+
+constexpr int64_t TILE_BYTES = 128 << 10;  // of atoms, to stay in the second-level cache while panels pass by
+constexpr int CHUNK = 8;                   // panels that a thread takes at a time
+
+// Memory for vectors, which need more alignment than malloc gives.
+template <class T>
+struct Aligned {
+    typedef T value_type;
+    T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t(64))); }
+    void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t(64)); }
+    bool operator==(const Aligned&) const { return true; }
+};
+template <class T>
+using Buffer = std::vector<T, Aligned<T>>;
+
+// The k best of each of some rows, best first.
+struct Best {
+    int k;
+    std::vector<float> score;
+    std::vector<int32_t> index;
+
+    Best(int64_t rows, int k) : k(k), score(rows * k), index(rows * k) {}
+    void clear() {
+        std::fill(score.begin(), score.end(), -FLT_MAX);
+        std::fill(index.begin(), index.end(), 0);
+    }
+    // Adds an atom that beats the k-th best, behind its equals; returns the new k-th best score.
+    float insert(int64_t row, float value, int32_t atom) {
+        float* s = &score[row * k];
+        int32_t* at = &index[row * k];
+        int j = k - 1;
+        for (; j > 0 && s[j - 1] < value; --j) {
+            s[j] = s[j - 1];
+            at[j] = at[j - 1];
+        }
+        s[j] = value;
+        at[j] = atom;
+        return s[k - 1];
+    }
+};
+
+// Plain samples: REGISTERS vectors of them against GROUP atoms.
+struct Plain {
+    static constexpr int REGISTERS = LANES == 16 ? 4 : 3, GROUP = LANES == 16 ? 6 : 4;
+    static constexpr int ROWS = REGISTERS * LANES, POINTS = 1;
+
+    const Request& request;
+    struct Panel {
+        Buffer<V> x;  // (width, REGISTERS)
+        V limit[REGISTERS];
+        Best best;
+        int64_t first;
+        Panel(const Request& r) : x(r.width * REGISTERS), best(ROWS, r.k) {}
+    };
+
+    void load(Panel& panel, int64_t first) const {
+        panel.first = first;
+        panel.best.clear();
+        for (V& limit : panel.limit) limit = all(-FLT_MAX);
+        float* to = reinterpret_cast<float*>(panel.x.data());
+        for (int64_t row = 0; row < ROWS; ++row) {
+            const float* from = request.x + std::min(first + row, request.draws - 1) * request.width;
+            for (int64_t q = 0; q < request.width; ++q) to[q * ROWS + row] = from[q];
+        }
+    }
+
+    template <int N>
+    void group(Panel& panel, int64_t a) const {
+        const int64_t d = request.width;
+        const float* y = request.atoms + a * d;
+        V score[N][REGISTERS];
+        for (int j = 0; j < N; ++j)
+            for (int m = 0; m < REGISTERS; ++m) score[j][m] = all(request.heights[a + j]);
+        const V* x = panel.x.data();
+        for (int64_t q = 0; q < d; ++q, x += REGISTERS)
+#pragma GCC unroll 8
+            for (int j = 0; j < N; ++j)
+#pragma GCC unroll 8
+                for (int m = 0; m < REGISTERS; ++m) score[j][m] += x[m] * y[j * d + q];
+        Mask hit{};
+        for (int m = 0; m < REGISTERS; ++m) {
+            V top = score[0][m];
+            for (int j = 1; j < N; ++j) top = larger(top, score[j][m]);
+            hit |= top > panel.limit[m];
+        }
+        if (__builtin_expect(any(hit), 0)) {
+            V kept[N][REGISTERS];
+            memcpy(kept, score, sizeof kept);
+            take<N>(panel, a, kept);
+        }
+    }
+
+    template <int N>
+    __attribute__((noinline)) void take(Panel& panel, int64_t a, const V (*score)[REGISTERS]) const {
+        for (int m = 0; m < REGISTERS; ++m)
+            for (int j = 0; j < N; ++j) {
+                if (!any(score[j][m] > panel.limit[m])) continue;
+                for (int lane = 0; lane < LANES; ++lane)
+                    if (score[j][m][lane] > panel.limit[m][lane])
+                        panel.limit[m][lane] = panel.best.insert(m * LANES + lane, score[j][m][lane], a + j);
+            }
+    }
+
+    void tile(Panel& panel, int64_t a, int64_t end) const {
+        for (; a + GROUP <= end; a += GROUP) group<GROUP>(panel, a);
+        for (; a < end; ++a) group<1>(panel, a);
+    }
+
+    void store(const Panel& panel) const {
+        const int64_t rows = std::min<int64_t>(ROWS, request.draws - panel.first), k = request.k;
+        std::copy_n(panel.best.score.data(), rows * k, request.score + panel.first * k);
+        std::copy_n(panel.best.index.data(), rows * k, request.index + panel.first * k);
+    }
+};
+
+// Orbits: partial products with G blocks, then a fast Hadamard transform gives the scores of 2 G points.
+template <int G>
+struct Orbits {
+    static constexpr int REGISTERS = 2, GROUP = 2, BLOCKS = 2;
+    static constexpr int ROWS = REGISTERS * LANES, POINTS = 2 * G;
+
+    const Request& request;
+    struct Panel {
+        Buffer<V> x;                  // (G, width, REGISTERS)
+        V above[REGISTERS][G];        // k-th best scores of the points + H z
+        V below[REGISTERS][G];        // minus those of the points - H z
+        Best best;                    // rows as in the output
+        int64_t first;
+        Panel(const Request& r) : x(G * r.width * REGISTERS), best(ROWS * POINTS, r.k) {}
+    };
+
+    void load(Panel& panel, int64_t first) const {
+        panel.first = first;
+        panel.best.clear();
+        for (int m = 0; m < REGISTERS; ++m)
+            for (int i = 0; i < G; ++i) panel.above[m][i] = all(-FLT_MAX), panel.below[m][i] = all(FLT_MAX);
+        float* to = reinterpret_cast<float*>(panel.x.data());
+        const int64_t length = G * request.width;
+        for (int64_t row = 0; row < ROWS; ++row) {
+            const float* from = request.x + std::min(first + row, request.draws - 1) * length;
+            for (int64_t q = 0; q < length; ++q) to[q * ROWS + row] = from[q];
+        }
+    }
+
+    // In place: p_k <- sum_b H_kb p_b, H the Sylvester matrix of scipy.linalg.hadamard.
+    static inline void transform(V* p) {
+#pragma GCC unroll 4
+        for (int half = 1; half < G; half *= 2)
+#pragma GCC unroll 8
+            for (int base = 0; base < G; base += 2 * half)
+#pragma GCC unroll 8
+                for (int i = base; i < base + half; ++i) {
+                    V sum = p[i] + p[i + half], difference = p[i] - p[i + half];
+                    p[i] = sum;
+                    p[i + half] = difference;
+                }
+    }
+
+    template <int N>
+    void group(Panel& panel, int64_t a) const {
+        const int64_t width = request.width, length = G * width;
+        const float* y = request.atoms + a * length;
+        V p[REGISTERS][N][G];
+        for (int b = 0; b < G; b += BLOCKS) {
+            V sum[BLOCKS][N][REGISTERS] = {};
+            const V* x = panel.x.data() + b * width * REGISTERS;
+            for (int64_t q = 0; q < width; ++q)
+#pragma GCC unroll 2
+                for (int c = 0; c < BLOCKS; ++c)
+#pragma GCC unroll 2
+                    for (int j = 0; j < N; ++j)
+#pragma GCC unroll 2
+                        for (int m = 0; m < REGISTERS; ++m)
+                            sum[c][j][m] += x[(c * width + q) * REGISTERS + m] * y[j * length + (b + c) * width + q];
+            for (int c = 0; c < BLOCKS; ++c)
+                for (int j = 0; j < N; ++j)
+                    for (int m = 0; m < REGISTERS; ++m) p[m][j][b + c] = sum[c][j][m];
+        }
+        for (int m = 0; m < REGISTERS; ++m) {
+            V twice[N];
+            for (int j = 0; j < N; ++j) {
+                p[m][j][0] += request.heights[a + j];  // column 0 of H is 1: this adds h to every score
+                twice[j] = all(2 * request.heights[a + j]);
+                transform(p[m][j]);
+            }
+            Mask hit{};
+            for (int i = 0; i < G; ++i) {
+                V top = p[m][0][i], bottom = p[m][0][i] - twice[0];
+                for (int j = 1; j < N; ++j) {
+                    top = larger(top, p[m][j][i]);
+                    bottom = smaller(bottom, p[m][j][i] - twice[j]);
+                }
+                hit |= (top > panel.above[m][i]) | (bottom < panel.below[m][i]);
+            }
+            if (__builtin_expect(any(hit), 0)) take<N>(panel, m, a, p[m], twice);
+        }
+    }
+
+    template <int N>
+    __attribute__((noinline)) void take(Panel& panel, int m, int64_t a, const V (*p)[G], const V* twice) const {
+        for (int i = 0; i < G; ++i)
+            for (int j = 0; j < N; ++j) {
+                const V plus = p[j][i], minus = p[j][i] - twice[j];
+                V& above = panel.above[m][i];
+                V& below = panel.below[m][i];
+                if (any(plus > above))
+                    for (int lane = 0; lane < LANES; ++lane)
+                        if (plus[lane] > above[lane])
+                            above[lane] = panel.best.insert((m * LANES + lane) * POINTS + i, plus[lane], a + j);
+                if (any(minus < below))
+                    for (int lane = 0; lane < LANES; ++lane)
+                        if (minus[lane] < below[lane])
+                            below[lane] = -panel.best.insert((m * LANES + lane) * POINTS + G + i, -minus[lane], a + j);
+            }
+    }
+
+    void tile(Panel& panel, int64_t a, int64_t end) const {
+        for (; a + GROUP <= end; a += GROUP) group<GROUP>(panel, a);
+        for (; a < end; ++a) group<1>(panel, a);
+    }
+
+    void store(const Panel& panel) const {
+        const int64_t rows = std::min<int64_t>(ROWS, request.draws - panel.first) * POINTS, k = request.k;
+        std::copy_n(panel.best.score.data(), rows * k, request.score + panel.first * POINTS * k);
+        std::copy_n(panel.best.index.data(), rows * k, request.index + panel.first * POINTS * k);
+    }
+};
+
+// Threads take chunks of panels until none is left; a tile of atoms meets all panels of a chunk while it is in cache.
+template <class Kernel>
+void sweep(const Kernel& kernel) {
+    const Request& r = kernel.request;
+    const int64_t panels = (r.draws + Kernel::ROWS - 1) / Kernel::ROWS;
+    const int64_t chunk = std::max<int64_t>(1, std::min<int64_t>(CHUNK, panels / r.threads));
+    const int64_t tile = std::max<int64_t>(64, TILE_BYTES / (4 * r.g * r.width));
+    std::atomic<int64_t> next{0};
+    auto work = [&] {
+        std::vector<typename Kernel::Panel> mine;
+        for (int64_t i = 0; i < chunk; ++i) mine.emplace_back(r);
+        for (int64_t first; (first = next.fetch_add(chunk)) < panels;) {
+            const int64_t count = std::min(chunk, panels - first);
+            for (int64_t i = 0; i < count; ++i) kernel.load(mine[i], (first + i) * Kernel::ROWS);
+            for (int64_t a = 0; a < r.n; a += tile)
+                for (int64_t i = 0; i < count; ++i) kernel.tile(mine[i], a, std::min(a + tile, r.n));
+            for (int64_t i = 0; i < count; ++i) kernel.store(mine[i]);
+        }
+    };
+    std::vector<std::thread> helpers;
+    for (int64_t t = 1; t < std::min<int64_t>(r.threads, (panels + chunk - 1) / chunk); ++t) helpers.emplace_back(work);
+    work();
+    for (std::thread& helper : helpers) helper.join();
+}
+
+void search(const Request& request) {
+    switch (request.g) {
+        case 1: return sweep(Plain{request});
+        case 2: return sweep(Orbits<2>{request});
+        case 4: return sweep(Orbits<4>{request});
+        case 8: return sweep(Orbits<8>{request});
+        case 16: return sweep(Orbits<16>{request});
+    }
+}
+
+}  // namespace distot::DISTOT_ISA

@@ -1,0 +1,3 @@
+#define DISTOT_ISA avx512
+#define LANES 16
+#include "search.inl"

@@ -1,0 +1,3 @@
+#define DISTOT_ISA portable
+#define LANES 4
+#include "search.inl"
