@@ -18,11 +18,13 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from statistics import median
+from typing import Any
 
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 import distot
 from bench import peers
@@ -31,6 +33,7 @@ from bench.report import REPORTS, write
 from distot import assign, descent, optim, start
 from distot.assign import Assigner, Winners
 from distot.certify import Certificate, certify
+from distot.orbit import Orbits
 from distot.problem import Problem, build_problem
 from distot.source import Stream
 from jobs.patches import patches
@@ -44,7 +47,7 @@ Solver = Callable[[Array, int], Array]  # latents and samples to user heights
 
 @dataclass(frozen=True)
 class Result:
-    """Certificates of a solver on a problem, by samples per atom; of the median e, and how many ended with empty cells."""
+    """chi2 of a solver on a problem by samples per atom, that of the median run; runs that ended with empty cells."""
 
     chi2: dict[int, float]
     empty: int = 0
@@ -66,8 +69,15 @@ def ours(problem: Problem, case: Case, y: Array) -> Result:
     for per_atom in PER_ATOM:
         found = []
         for seed in range(SEEDS):
-            options = {"max_samples": per_atom * len(y), "seed": seed, "certificate_samples": 2}
-            solution = distot.solve(y, case.source_of(y.shape[1]), until_chi2=None, progress=False, **options)
+            solution = distot.solve(
+                y,
+                case.source_of(y.shape[1]),
+                until_chi2=None,
+                max_samples=per_atom * len(y),
+                seed=seed,
+                certificate_samples=2,
+                progress=False,
+            )
             certificate = judge(problem, solution.heights)
             # the budget is spent to the last batch; what is left of it counts in our favour
             found.append(max(certificate.chi2, 1e-12) * solution.samples / (per_atom * len(y)))
@@ -156,7 +166,7 @@ def growth(quick: bool) -> None:
     """e at a fixed number of samples per atom for more and more atoms."""
     lines = ["20 samples per atom, Gaussian source, default settings, one seed.", ""]
     lines += ["| latents | N | e | chi2 | seconds |", "|---|---|---|---|---|"]
-    kinds: dict[str, Callable[[int], Array]] = {
+    kinds: dict[str, Callable[[int], NDArray[Any]]] = {
         "patches, d = 32": lambda n: patches(n, 32),
         "patches, whitened, d = 32": lambda n: patches(n, 32, whiten=True),
         "curved surface, d = 64": manifold,
@@ -181,7 +191,7 @@ class Timed:
     def __init__(self, search: Assigner) -> None:
         self.search, self.name, self.seconds = search, search.name, 0.0
 
-    def __call__(self, x: torch.Tensor, heights: torch.Tensor, k: int = 2) -> Winners:
+    def __call__(self, x: torch.Tensor | Orbits, heights: torch.Tensor, k: int = 2) -> Winners:
         began = time.perf_counter()
         found = self.search(x, heights, k)
         self.seconds += time.perf_counter() - began

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,7 @@ class Case:
     """One line of a table. ``latents()`` are those of ``build``, scaled."""
 
     name: str
-    build: Callable[[], Array]
+    build: Callable[[], NDArray[Any]]
     source: str = "gaussian"
 
     def latents(self) -> Array:

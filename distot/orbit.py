@@ -23,7 +23,7 @@ COMPARE = 3  # flops to keep best and runner-up up to date by one score
 
 
 class Orbit:
-    """How a source of d dimensions makes orbits. Under "rotations" the blocks lie in random directions, so that none dominates.
+    """How a source of d dimensions makes orbits. Under "rotations" blocks lie in random directions: none dominates.
 
     size: T, points of an orbit; 1 for a source without symmetry, which is its own orbit.
     work: what one of them costs, in plain samples: flops over those of a plain sample, comparisons counted in both.
@@ -49,7 +49,7 @@ class Orbit:
         self.axes = torch.from_numpy(np.ascontiguousarray(padded.reshape(self.width, g, dim).transpose(1, 0, 2)))
 
     def of(self, z: Tensor, basis: Tensor) -> Orbits:
-        """Orbits of draws z (B, d) about the centre of symmetry; ``basis`` are the axes (g, w, d) as seen in a frame."""
+        """Orbits of draws z (B, d) about the centre of symmetry; ``basis``: the axes (g, w, d) as a frame sees them."""
         g = len(basis)
         padded = torch.nn.functional.pad(z, (0, self.width * g - z.shape[1]))
         return Orbits(padded.reshape(len(z), self.width, g).transpose(1, 2).to(basis).contiguous(), basis)

@@ -99,11 +99,10 @@ class Contract:
 
     @pytest.mark.parametrize("k", [1, 2, 5])
     @pytest.mark.parametrize("symmetry", ["rotations", "signs"])
-    @pytest.mark.parametrize(
-        ("b", "n", "d"), [(1, 7, 1), (3, 50, 2), (9, 301, 3), (40, 500, 6), (33, 3001, 20), (5, 9, 40)]
-    )
-    def test_orbits(self, b: int, n: int, d: int, symmetry: Symmetry, k: int) -> None:
+    @pytest.mark.parametrize("shape", [(1, 7, 1), (3, 50, 2), (9, 301, 3), (40, 500, 6), (33, 3001, 20), (5, 9, 40)])
+    def test_orbits(self, shape: tuple[int, int, int], symmetry: Symmetry, k: int) -> None:
         """Points of an orbit win what they would win one by one."""
+        b, n, d = shape
         z, atoms, heights = problem(b, n, d, 1.0, d)
         orbit = Orbit(d, symmetry, 0)
         x = orbit.of(z, orbit.axes.float())

@@ -12,7 +12,7 @@ from distot.orbit import Orbits, points
 
 
 class Native:
-    """``isa``: instruction set, one of ``_native.available()``; the best of them if None. As many threads as torch uses."""
+    """``isa``: instruction set, one of ``_native.available()``, the best if None. It uses torch's thread count."""
 
     name = "native"
 
