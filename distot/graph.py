@@ -8,13 +8,18 @@ Legend: n atoms, m pairs.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from scipy.sparse import coo_array
 from torch import Tensor
 
 ITERATIONS = 10  # of conjugate gradients; 30 gave nothing more
 TOLERANCE = 1e-3  # of the residual, relative, in the norm of the diagonal
+
+
+Product = Callable[[Tensor], Tensor]  # (n,) -> (n,), float32
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,7 @@ class Graph:
 
     pairs: Tensor  # (2, m) int64
     unit: Tensor  # (m,) float32, tau_ij
-    off: Tensor  # sparse CSR (n, n) float32, weights off the diagonal
+    off: Product  # by the sparse matrix (n, n) of the weights off the diagonal
     degree: Tensor  # (n,) float32
 
     def solve(self, gradient: Tensor, anchor: Tensor) -> Tensor:
@@ -39,7 +44,7 @@ class Graph:
         for _ in range(ITERATIONS):
             if float(size) <= enough:
                 break
-            image = diagonal * direction - (self.off @ direction[:, None])[:, 0]
+            image = diagonal * direction - self.off(direction)
             along = size / (direction @ image)
             s, rest = s + along * direction, rest - along * image
             z = rest / diagonal
@@ -58,12 +63,24 @@ def build(pairs: Tensor, margin: Tensor) -> Graph:
     n, pairs = len(margin), pairs.long()
     unit = 0.5 * (margin[pairs[0]] + margin[pairs[1]]).float()
     weight = (0.5 / pairs.shape[1]) / unit
-    row, column, weight = torch.cat([pairs[0], pairs[1]]), torch.cat([pairs[1], pairs[0]]), torch.cat([weight, weight])
-    order = torch.argsort(row.int(), stable=True)
-    start = torch.zeros(n + 1, dtype=torch.int32, device=row.device)
-    start[1:] = torch.bincount(row, minlength=n).cumsum(0)
+    degree = torch.zeros(n, device=pairs.device).index_add_(0, pairs.flatten(), weight.repeat(2))
+    neighbours = _by_torch if pairs.is_cuda else _by_scipy
+    return Graph(pairs, unit, neighbours(pairs, weight, n), degree)
+
+
+def _by_scipy(pairs: Tensor, weight: Tensor, n: int) -> Product:
+    """Half of the symmetric matrix, by counting; four times faster than a sort by torch."""
+    half = coo_array((weight.numpy(), (pairs[0].int().numpy(), pairs[1].int().numpy())), shape=(n, n)).tocsr()
+    other = half.T
+    return lambda v: torch.from_numpy(half @ v.numpy() + other @ v.numpy())
+
+
+def _by_torch(pairs: Tensor, weight: Tensor, n: int) -> Product:
+    order = torch.argsort(pairs.flatten(), stable=True)
+    start = torch.zeros(n + 1, dtype=torch.int32, device=pairs.device)
+    start[1:] = torch.bincount(pairs.flatten(), minlength=n).cumsum(0)
+    column = pairs.flip(0).flatten()[order].int()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
-        off = torch.sparse_csr_tensor(start, column[order].int(), weight[order], (n, n), check_invariants=False)
-    degree = torch.zeros(n, device=row.device).index_add_(0, row, weight)
-    return Graph(pairs, unit, off, degree)
+        off = torch.sparse_csr_tensor(start, column, weight.repeat(2)[order], (n, n), check_invariants=False)
+    return lambda v: (off @ v[:, None])[:, 0]
