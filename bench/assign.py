@@ -1,4 +1,4 @@
-"""Rates of the assigners, best and runner-up, against plain torch (one matrix product and max by tiles) and the machine.
+"""Rates of the assigners, best and runner-up, against plain torch (matrix product and max by tiles) and the machine.
 
     python -m bench.assign [--quick]
 
@@ -76,11 +76,11 @@ def main() -> None:
     tiny = assign.build("native", torch.zeros(2, 2))
     overhead = seconds(lambda: tiny(torch.zeros(1, 2), torch.zeros(2), 2))
     lines = [
-        f"GFLOP/s at 2 N d flops a sample. Matrix product of 3000 x 3000: {peak:.0f} GFLOP/s. A call of `native` with one "
-        f"sample and two atoms: {1e6 * overhead:.0f} µs. `orbits` is `native` on orbits of a Gaussian, (17): its rate over "
-        "that of `native` is how many times faster samples come.",
+        f"GFLOP/s at 2 N d flops a sample. Matrix product of 3000 x 3000: {peak:.0f} GFLOP/s. A call of `native` with "
+        f"one sample and two atoms: {1e6 * overhead:.0f} µs. `orbits` is `native` on orbits of a Gaussian, (17): its "
+        "rate over that of `native` is how many times faster samples come.",
         "",
-        "| N | d | batch | native | of matmul | / FAISS | / torch | orbits | / native | faiss | dense | torch, best only |",
+        "| N | d | batch | native | of matmul | / FAISS | / torch | orbits | / native | faiss | dense | torch, best |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     curves: dict[int, list[list[float]]] = {}
