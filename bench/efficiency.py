@@ -101,8 +101,8 @@ def table(quick: bool, only: str) -> None:
         "POT: DRAG, its defaults. OTT: Adam, the better of rates 0.05 and 0.2 for each budget. Source Gaussian unless "
         "named. An efficiency above 1 is below the limit of plain samples: points of an orbit are cheaper, (17).",
         "",
-        "| latents | N | distot | runs with an empty cell | POT | OTT | distot s | POT s | OTT s |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| latents | N | distot | runs with an empty cell | POT | OTT |",
+        "|---|---|---|---|---|---|",
     ]
     chosen = [case for case in cases(1000 if quick else 2000) if only in case.name]
     results = {}
@@ -111,12 +111,7 @@ def table(quick: bool, only: str) -> None:
             results[case.name] = found
             lines.append(line)
             print(line, flush=True)
-    lines += [
-        "",
-        "Seconds are of all runs of a line: 5 seeds of distot, 1 of POT, 2 rates of OTT, one thread each.",
-        "",
-    ]
-    lines += ["![chi2 against samples per atom](efficiency.png)"]
+    lines += ["", "![chi2 against samples per atom](efficiency.png)"]
     write("efficiency", "Sample efficiency", lines)
     plot(results)
 
@@ -132,15 +127,10 @@ def compare(case: Case) -> tuple[str, dict[str, Result]]:
             theirs, problem, y, [partial(peers.ott, source=problem.source, rate=rate) for rate in peers.RATES]
         ),
     }
-    found, seconds = {}, []
-    for name, run in runs.items():
-        began = time.perf_counter()
-        found[name] = run()
-        seconds.append(time.perf_counter() - began)
-    cells = [found[name].efficiency(len(y)) for name in runs]
+    found = {name: run() for name, run in runs.items()}
+    cells = [result.efficiency(len(y)) for result in found.values()]
     cells.insert(1, str(found["distot"].empty))
-    times = " | ".join(f"{s:.0f}" for s in seconds)
-    return f"| {case.name} | {len(y):,} | {' | '.join(cells)} | {times} |", found
+    return f"| {case.name} | {len(y):,} | {' | '.join(cells)} |", found
 
 
 def plot(results: dict[str, dict[str, Result]]) -> None:

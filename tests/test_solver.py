@@ -406,8 +406,8 @@ class TestParts:
         assert float(optim.mean_margin(sums[:3], counts[:3])) == pytest.approx(2)
 
     def test_batches_grow_only_late(self) -> None:
-        assert batch(10_000, 1.0, 0) == batch(10_000, 1.0, 250) == first_batch(10_000, 1.0) == 2000
-        assert batch(10_000, 1.0, 25_600) == 20_000
+        assert batch(10_000, 1.0, 0) == batch(10_000, 1.0, 64) == first_batch(10_000, 1.0) == 2000
+        assert batch(10_000, 1.0, 25_600) == 40_000
         assert first_batch(10_000, 0.25) == 4000
         assert first_batch(3, 1.0) == 32
 
