@@ -55,9 +55,9 @@ class State:
 
 
 def starving(state: State, mass: Tensor) -> Tensor:
-    """Indices of atoms that lately won less than a tenth of the samples they should, where those are at least 4."""
+    """Indices of atoms that lately won less than a tenth of the samples they should, where those are at least 2."""
     expected = mass * state.margin_count.sum()
-    return ((expected >= 4) & (state.margin_count < 0.1 * expected)).nonzero()[:, 0]
+    return ((expected >= 2) & (state.margin_count < 0.1 * expected)).nonzero()[:, 0]
 
 
 def mean_margin(margin_sum: Tensor, margin_count: Tensor) -> Tensor:
