@@ -55,7 +55,7 @@ def rates(n: int, d: int, batch: int) -> list[float]:
     atoms, x = torch.randn(n, d, generator=generator), torch.randn(batch, d, generator=generator)
     heights = -0.5 * atoms.square().sum(1)
     orbit = Orbit(d, "rotations", 0)
-    orbits = orbit.of(torch.randn(-(-batch // orbit.size), d, generator=generator), orbit.axes.float())
+    orbits = orbit.of(torch.randn(-(-batch // orbit.size), d, generator=generator), orbit.axes().float())
     native, faiss, dense = (assign.build(name, atoms) for name in ("native", "faiss", "dense"))
     calls: list[tuple[int, Callable[[], object]]] = [
         (batch, partial(native, x, heights, 2)),

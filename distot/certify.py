@@ -7,34 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from distot import entropic
 from distot.assign import Assigner, Winners
-from distot.entropic import Soft
+from distot.entropic import Soft, potential, shares
+from distot.masses import LEVEL, Estimate, Masses, upper
+from distot.orbit import points
 from distot.power import Array
 from distot.problem import Problem
 from distot.source import Stream
 from distot.target import blocks
-
-LEVEL = 0.95
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean and its standard error."""
-
-    value: float
-    error: float
-
-    def lower(self, level: float = LEVEL) -> float:
-        """One-sided lower confidence limit."""
-        return self.value - NormalDist().inv_cdf(level) * self.error
 
 
 @dataclass(frozen=True)
@@ -76,59 +62,7 @@ class Certificate:
         return asdict(self)
 
 
-def chi2(counts: Array, mass: Array) -> Estimate:
-    """Unbiased chi2 (8) of counts (n,) of independent samples, with its standard error.
-
-    The estimator is a U-statistic with kernel 1[i(x) = i(y)] / nu_i - 1, so its variance is
-    (4 (M - 2) z1 + 2 z2) / (M (M - 1)) with z1 = Var(p_i / nu_i) and z2 = Var(kernel), both estimated by factorial
-    moments of the counts. z2 is taken no smaller than n - 1, its value at the solution.
-
-    Raises ValueError for fewer than two samples.
-    """
-    m = float(counts.sum())
-    if m < 2:
-        raise ValueError(f"chi2 needs at least two samples, not {m:.0f}")
-    pairs = float((counts * (counts - 1) / mass).sum()) / (m * (m - 1))  # sum p² / nu
-    triples = float((counts * (counts - 1) * (counts - 2) / mass**2).sum()) / max(m * (m - 1) * (m - 2), 1.0)
-    squares = float((counts * (counts - 1) / mass**2).sum()) / (m * (m - 1))  # sum p² / nu²
-    z1 = max(triples - pairs**2, 0.0)
-    z2 = max(squares - pairs**2, len(mass) - 1.0)
-    return Estimate(pairs - 1.0, float(np.sqrt((4 * (m - 2) * z1 + 2 * z2) / (m * (m - 1)))))
-
-
-def chi2_upper(found: Estimate, level: float = LEVEL) -> float:
-    """One-sided upper confidence limit of chi2.
-
-    The estimate and its error rise and fall together, so value + z error falls short of the truth too often; the
-    second-order term of the limit on the logarithmic scale, value exp(z error / value), mends that.
-    """
-    reach = NormalDist().inv_cdf(level) * found.error
-    return found.value + reach + reach**2 / (2 * max(found.value, found.error))
-
-
-def cell_counts(
-    problem: Problem,
-    assigner: Assigner,
-    heights: Tensor,
-    samples: int,
-    stream: Stream,
-    step: int,
-    poll: Callable[[], None],
-    each: Callable[[Tensor, Tensor, Tensor], None] | None = None,
-) -> Array:
-    """Counts (n,) of ``samples`` fresh independent samples; ``each`` gets (x in user units, winner, score) by block."""
-    counts = torch.zeros(problem.target.n, dtype=torch.int64, device=heights.device)
-    for key, size in problem.keys(stream, step, samples):
-        poll()
-        x = problem.source.draw(key, size)
-        near = assigner(problem.frame.source_in(x).to(heights.device), heights, k=1)
-        counts += torch.bincount(near.index[:, 0], minlength=problem.target.n)
-        if each is not None:
-            each(x, near.index[:, 0], near.score[:, 0])
-    return counts.cpu().numpy().astype(np.float64)
-
-
-def mass_error(
+def cell_masses(
     problem: Problem,
     assigner: Assigner,
     heights: Tensor,
@@ -137,12 +71,22 @@ def mass_error(
     stream: Stream,
     step: int,
     poll: Callable[[], None],
-) -> Estimate:
-    """chi2 of the heights from ``samples`` fresh independent samples."""
-    if soft is None:
-        return chi2(cell_counts(problem, assigner, heights, samples, stream, step, poll), problem.target.mass)
-    found = entropic.cell_masses(problem, assigner, heights, soft, samples, stream, step, poll)
-    return Estimate(*entropic.chi2(*found, samples, problem.target.mass))
+    each: Callable[[Tensor, Winners, Tensor], None] | None = None,
+) -> Masses:
+    """Masses of the cells, hard or soft, from at least ``samples`` fresh samples, whole orbits.
+
+    ``each`` gets (samples (B, d) in the frame, winners, their shares (B, k)) by block.
+    """
+    wanted = max(samples, 2 * problem.orbit.size)
+    masses = Masses(problem.target.n, problem.orbit.size, wanted)
+    for x in problem.batch(stream, step, wanted):
+        poll()
+        near = assigner(x, heights, k=1 if soft is None else soft.top_k)
+        share = torch.ones_like(near.score, dtype=torch.float64) if soft is None else shares(near, soft.epsilon)
+        masses.add(near.index, share)
+        if each is not None:
+            each(points(x), near, share)
+    return masses
 
 
 def default_samples(n: int) -> int:
@@ -166,91 +110,38 @@ def certify(
     ``step`` names an independent set of samples. The assigner must be exact: an inexact search overstates (9); so
     would a log-sum-exp over k winners alone, which is why that of a soft certificate runs over all atoms.
     """
-    target, frame = problem.target, problem.frame
-    wanted = default_samples(target.n) if samples is None else samples
-    shift = torch.from_numpy(frame.source_centre - frame.target_centre)
+    target, frame, size = problem.target, problem.frame, problem.orbit.size
+    device = heights.device
+    shift = torch.from_numpy(frame.source_centre - frame.target_centre).to(device)
     half_weight = _half_weights(problem, heights)
-    wanted_weight = float(target.mass @ half_weight)
-    bound, cost = Running(), Running()
-
-    if soft is not None:
-        return _soft(problem, assigner, heights, wanted, soft, step, level, poll, shift, half_weight)
-
-    def each(x: Tensor, winner: Tensor, score: Tensor) -> None:
-        away = x - torch.from_numpy(frame.source_centre)
-        bound.add(0.5 * away.square().sum(1) + away @ shift - frame.unit * score.double().cpu())
-        y = frame.target_out(target.atoms[winner]).cpu()
-        cost.add(0.5 * (away - y + shift).square().sum(1))
-
-    counts = cell_counts(problem, assigner, heights, wanted, Stream.CERTIFY, step, poll, each)
-    masses = chi2(counts, target.mass)
-    won = float(counts @ half_weight) / wanted
-    spread = float(counts @ (half_weight - won) ** 2) / max(wanted - 1, 1)
-    w2, w2_error = 2 * (bound.mean + wanted_weight), 2 * bound.error
-    return Certificate(
-        samples=wanted,
-        atoms=target.n,
-        chi2=masses.value,
-        chi2_error=masses.error,
-        chi2_upper=chi2_upper(masses, level),
-        empty=int((counts == 0).sum()),
-        empty_by_chance=float(np.exp(wanted * np.log1p(-target.mass)).sum()),
-        w2_squared_bound=w2,
-        w2_squared_bound_error=w2_error,
-        w2_squared_limit=Estimate(w2, w2_error).lower(level),
-        map_cost=2 * cost.mean,
-        map_cost_error=2 * cost.error,
-        mismatch=2 * (wanted_weight - won),
-        mismatch_error=2 * float(np.sqrt(spread / wanted)),
-        level=level,
-        seed=problem.seed,
-        stream_step=step,
-    )
-
-
-def _soft(
-    problem: Problem,
-    assigner: Assigner,
-    heights: Tensor,
-    wanted: int,
-    soft: Soft,
-    step: int,
-    level: float,
-    poll: Callable[[], None],
-    shift: Tensor,
-    half_weight: Array,
-) -> Certificate:
-    """The certificate of the entropic plan."""
-    target, frame = problem.target, problem.frame
-    epsilon = soft.epsilon * frame.unit
+    half, wanted_weight = torch.from_numpy(half_weight).to(device), float(target.mass @ half_weight)
+    epsilon = 0.0 if soft is None else soft.epsilon * frame.unit
     entropy = float(target.mass @ np.log(target.mass))
-    wanted_weight = float(target.mass @ half_weight)
-    half = torch.from_numpy(half_weight)
-    bound, cost, won, plan, left = Running(), Running(), Running(), Running(), Running()
+    bound, cost, won, plan, left = (Running(size) for _ in range(5))
 
-    def each(x: Tensor, near: Winners, p: Tensor) -> None:
-        inside = frame.source_in(x).to(heights.device)
-        full = entropic.potential(target.atoms, inside, heights, soft.epsilon)
-        away = x - torch.from_numpy(frame.source_centre)
-        bound.add(0.5 * away.square().sum(1) + away @ shift - frame.unit * full.cpu())
-        index, share = near.index.cpu(), p.cpu()
-        y = frame.target_out(target.atoms[near.index]).cpu()
+    def each(x: Tensor, near: Winners, share: Tensor) -> None:
+        best = near.score[:, 0].double() if soft is None else potential(target.atoms, x, heights, soft.epsilon)
+        away = frame.source_scale * x.double()
+        bound.add(0.5 * away.square().sum(1) + away @ shift - frame.unit * best)
+        y = frame.target_out(target.atoms[near.index])
         cost.add((share * 0.5 * (away[:, None] - y + shift).square().sum(2)).sum(1))
-        won.add((share * half[index]).sum(1))
+        won.add((share * half[near.index]).sum(1))
         plan.add(torch.special.xlogy(share, share).sum(1))
-        left.add(1 - ((near.score.double() - full[:, None]) / soft.epsilon).exp().sum(1).cpu())
+        if soft is not None:
+            left.add(1 - ((near.score.double() - best[:, None]) / soft.epsilon).exp().sum(1))
 
-    total, squares = entropic.cell_masses(problem, assigner, heights, soft, wanted, Stream.CERTIFY, step, poll, each)
-    masses = Estimate(*entropic.chi2(total, squares, wanted, target.mass))
+    wanted = default_samples(target.n) if samples is None else samples
+    masses = cell_masses(problem, assigner, heights, soft, wanted, Stream.CERTIFY, step, poll, each)
+    chi2, m = masses.chi2(target.mass), size * bound.count
     w2, w2_error = 2 * (bound.mean + wanted_weight - epsilon * entropy), 2 * bound.error
     return Certificate(
-        samples=wanted,
+        samples=m,
         atoms=target.n,
-        chi2=masses.value,
-        chi2_error=masses.error,
-        chi2_upper=chi2_upper(masses, level),
-        empty=0,
-        empty_by_chance=0.0,
+        chi2=chi2.value,
+        chi2_error=chi2.error,
+        chi2_upper=upper(chi2, level),
+        empty=int((masses.total == 0).sum()) if soft is None else 0,
+        empty_by_chance=float(np.exp(m * np.log1p(-target.mass)).sum()) if soft is None else 0.0,
         w2_squared_bound=w2,
         w2_squared_bound_error=w2_error,
         w2_squared_limit=Estimate(w2, w2_error).lower(level),
@@ -261,8 +152,8 @@ def _soft(
         level=level,
         seed=problem.seed,
         stream_step=step,
-        epsilon=epsilon,
-        regularisation=2 * epsilon * (plan.mean - entropy),
+        epsilon=None if soft is None else epsilon,
+        regularisation=2 * epsilon * (plan.mean - entropy) if soft is not None else 0.0,
         truncation=max(left.mean, 0.0),
     )
 
@@ -279,12 +170,16 @@ def _half_weights(problem: Problem, heights: Tensor) -> Array:
 
 
 class Running:
-    """Mean and standard error of a stream of values, merged block by block without cancellation."""
+    """Mean and standard error of a stream of values, merged block by block without cancellation.
 
-    def __init__(self) -> None:
-        self.count, self.mean, self.squares = 0, 0.0, 0.0
+    ``size`` values in a row are those of one orbit, and count as one observation, their mean.
+    """
+
+    def __init__(self, size: int = 1) -> None:
+        self.size, self.count, self.mean, self.squares = size, 0, 0.0, 0.0
 
     def add(self, values: Tensor) -> None:
+        values = values.unflatten(0, (-1, self.size)).mean(dim=1)
         n, mean = len(values), float(values.mean())
         apart = mean - self.mean
         total = self.count + n

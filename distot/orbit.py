@@ -18,35 +18,51 @@ from torch import Tensor
 
 Symmetry = Literal["rotations", "signs", "none"]
 
+MOST_PARTS = 8  # of a look, with axes of their own
 MOST_BLOCKS = 16  # 32 points; with 32 blocks the variance of cell masses began to grow, and little work is left to save
 COMPARE = 3  # flops to keep best and runner-up up to date by one score
 
 
 class Orbit:
-    """How a source of d dimensions makes orbits. Under "rotations" blocks lie in random directions: none dominates.
+    """How a source of d dimensions makes orbits.
 
     size: T, points of an orbit; 1 for a source without symmetry, which is its own orbit.
     work: what one of them costs, in plain samples: flops over those of a plain sample, comparisons counted in both.
     """
 
     def __init__(self, dim: int, symmetry: Symmetry, seed: int) -> None:
-        self.size, self.work, self.axes = 1, 1.0, torch.empty(0, 0, dim, dtype=torch.float64)
+        self.dim, self.symmetry, self.seed, self.size, self.work = dim, symmetry, seed, 1, 1.0
         if symmetry == "none":
             return
         log = min(dim, MOST_BLOCKS).bit_length() - 1
-        g = 1 << log
+        self.blocks = g = 1 << log
         self.size = 2 * g
         self.work = (2 * dim + g * log + (1 + COMPARE) * 2 * g) / (2 * g * (2 * (dim + 1) + COMPARE))
         self.width = -(-dim // g)  # coordinates of a block; the last ones are filled up with zeros
-        axes = np.eye(dim)
-        if symmetry == "rotations":
-            sequence = np.random.SeedSequence(seed, spawn_key=(0,))
-            normal = np.random.Generator(np.random.Philox(sequence)).standard_normal((dim, dim))
-            axes = np.linalg.qr(normal)[0]
-        padded = np.zeros((self.width * g, dim))
-        padded[:dim] = axes
+
+    def parts(self, draws: int) -> int:
+        """Into how many parts, each with axes of its own, to divide draws whose orbits are to be compared in pairs.
+
+        Draws that lie in one cell because they are close have all their orbits in the same cells, if they go by the
+        same axes. Turning the atoms to other axes costs as much as ``dim`` draws; it may cost a tenth of the search.
+        """
+        return 1 if self.size == 1 else max(1, min(MOST_PARTS, draws // (10 * self.dim)))
+
+    def axes(self, part: int = 0) -> Tensor:
+        """Orthonormal axes (g, w, d) of the blocks: in random directions under "rotations", so that none dominates;
+        under "signs" those of the coordinates, in another order for each part."""
+        sequence = np.random.SeedSequence(self.seed, spawn_key=(0, part) if part else (0,))
+        generator = np.random.Generator(np.random.Philox(sequence))
+        axes = np.eye(self.dim)
+        if self.symmetry == "rotations":
+            axes = np.linalg.qr(generator.standard_normal((self.dim, self.dim)))[0]
+        elif part:
+            axes = generator.permutation(axes)
+        padded = np.zeros((self.width * self.blocks, self.dim))
+        padded[: self.dim] = axes
         # coordinate j belongs to block j mod g, so that blocks of a cube mix leading and trailing axes
-        self.axes = torch.from_numpy(np.ascontiguousarray(padded.reshape(self.width, g, dim).transpose(1, 0, 2)))
+        blocks = padded.reshape(self.width, self.blocks, self.dim).transpose(1, 0, 2)
+        return torch.from_numpy(np.ascontiguousarray(blocks))
 
     def of(self, z: Tensor, basis: Tensor) -> Orbits:
         """Orbits of draws z (B, d) about the centre of symmetry; ``basis``: the axes (g, w, d) as a frame sees them."""

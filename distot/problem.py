@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,25 +27,37 @@ class Problem:
     source_cov: Array  # (d, d), user units
     seed: int
     orbit: Orbit
-    basis: Tensor  # (g, w, d) float32, axes of the orbit's blocks in the frame; empty without orbits
+    basis: Tensor | None  # of the steps' orbits, see ``turned``; None without orbits
 
     def keys(self, stream: Stream, step: int, samples: int, block: int = BLOCK) -> Iterator[tuple[Key, int]]:
         """Blocks that make up ``samples`` samples of one step: (key, size of the block)."""
         for number, first in enumerate(range(0, samples, block)):
             yield Key(self.seed, stream, step, number, first), min(block, samples - first)
 
+    def turned(self, part: int) -> Tensor:
+        """Axes of the orbits' blocks (g, w, d) as the frame sees them, float32, on the device of the atoms."""
+        axes, place, see = self.orbit.axes(part), self.source.place, self.frame.source_in
+        return (see(place(axes)) - see(place(torch.zeros_like(axes)))).to(self.target.atoms.device)
+
     def batch(self, stream: Stream, step: int, samples: int) -> Iterator[Tensor | Orbits]:
         """At least ``samples`` samples of one step, whole orbits, by blocks of at most BLOCK, float32 in the frame.
 
-        Each has the law of the source, but those of an orbit depend on each other: for steps, not for error bars.
+        Each has the law of the source, but those of an orbit depend on each other. For CHECK and CERTIFY, where pairs
+        of orbits are compared, orbits come in parts with axes of their own.
         """
         size = self.orbit.size
-        for key, draws in self.keys(stream, step, -(-samples // size), BLOCK // size):
-            z = self.source.centred(key, draws)
-            if size > 1:
-                yield self.orbit.of(z, self.basis)
-            else:
+        draws = -(-samples // size)
+        parts = self.orbit.parts(draws) if stream in (Stream.CHECK, Stream.CERTIFY) else 1
+        block = min(BLOCK // size, -(-draws // parts))
+        blocks, basis, part = -(-draws // block), self.basis, 0
+        for number, (key, count) in enumerate(self.keys(stream, step, draws, block)):
+            z = self.source.centred(key, count)
+            if basis is None:
                 yield self.frame.source_in(self.source.place(z)).to(self.target.atoms.device)
+                continue
+            if part != (part := number * parts // blocks):
+                basis = self.turned(part)
+            yield self.orbit.of(z, basis)
 
 
 def build_problem(
@@ -61,9 +73,8 @@ def build_problem(
     mean, cov = found.moments(seed)
     target, frame = build_target(latents, mass, (mean, cov))
     target = Target(**(vars(target) | {"atoms": target.atoms.to(where)}))
-    orbit = Orbit(found.dim, found.symmetry, seed)
-    basis = frame.source_in(found.place(orbit.axes)) - frame.source_in(found.place(torch.zeros_like(orbit.axes)))
-    return Problem(found, target, frame, cov, seed, orbit, basis.to(where))
+    problem = Problem(found, target, frame, cov, seed, Orbit(found.dim, found.symmetry, seed), None)
+    return problem if problem.orbit.size == 1 else replace(problem, basis=problem.turned(0))
 
 
 def resolve_device(device: str) -> torch.device:

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from distot.certify import LEVEL, Estimate, chi2_upper
 from distot.errors import InputError
+from distot.masses import LEVEL, Estimate, upper
 
 MOST_WARM = 100  # samples per atom that a warm start is taken to be worth at most
 POSITIVE = ("until_chi2", "max_samples", "max_seconds", "certificate_samples", "epsilon")
@@ -74,8 +74,8 @@ def moment(n: int, work: float, chi2: float) -> float:
 class Check:
     """One look at chi2 of the average: at how many samples, what came out, and the limit used to stop."""
 
-    samples: int  # all search work, this look included
-    looked: int  # fresh samples of this look
+    samples: int  # all search work in plain samples, this look included
+    looked: int  # work of this look
     step: int
     chi2: float
     error: float
@@ -97,10 +97,10 @@ class StopRule:
 
     n: int
     goal: float | None
-    work: float = 1.0  # of a sample of the steps, in plain samples
+    work: float = 1.0  # of a sample, in plain samples
 
     def first(self, samples: int) -> int:
-        """Samples at which to look first."""
+        """Work at which to look first."""
         return samples + max(1, round(5 * self.n * self.work))
 
     def close(self, samples: int, history: tuple[Check, ...]) -> bool:
@@ -109,31 +109,30 @@ class StopRule:
 
     def size(self, samples: int, history: tuple[Check, ...]) -> int:
         """Samples of the look that is due."""
-        glance = max(64, min(samples // 60, self._look(0.2 * self._limit(samples))))
-        return max(glance, self._look(self._error(history))) if self.close(samples, history) else glance
+        glance = max(64, min(int(samples / (60 * self.work)), self._look(0.2 * self._limit(samples), history)))
+        return max(glance, self._look(self._error(history), history)) if self.close(samples, history) else glance
 
     def judge(self, found: Estimate, samples: int, looked: int, step: int, history: tuple[Check, ...]) -> Check:
-        """The look that was due at ``samples``, with its limit."""
-        close = self.close(samples, history)
-        upper = chi2_upper(found, 1 - self._spent(history))
-        return Check(samples + looked, looked, step, found.value, found.error, close, upper)
+        """The look that was due after work of ``samples`` and cost ``looked`` more, with its limit."""
+        limit = upper(found, 1 - self._spent(history))
+        return Check(samples + looked, looked, step, found.value, found.error, self.close(samples, history), limit)
 
     def done(self, history: tuple[Check, ...]) -> bool:
         """Whether the last look ends the run."""
         return self.goal is not None and bool(history) and history[-1].close and history[-1].upper <= self.goal
 
     def next(self, history: tuple[Check, ...]) -> int:
-        """Samples at which to look again: when the goal should be met if that is near, else at 1.7 times as many.
+        """Work at which to look again: when the goal should be met if that is near, else at 1.7 times as many.
 
         After a close look that failed, no sooner than when the steps have cost half of what the next one will.
         """
         last, wanted = history[-1].samples, self.wanted(history)
         failed = self.goal is not None and history[-1].close
-        soon = 0.5 * self._look(self._error(history)) if failed else 0.03 * last
+        soon = 0.5 * self.work * self._look(self._error(history), history) if failed else 0.03 * last
         return int(max(last + soon, wanted if wanted < 1.8 * last else 1.7 * last))
 
     def wanted(self, history: tuple[Check, ...]) -> float:
-        """Samples at which a close look should find the goal met; infinity without a goal.
+        """Work at which a close look should find the goal met; infinity without a goal.
 
         chi2 falls like 1 / M in the end, a little faster while the average still forgets where it began.
         """
@@ -144,7 +143,7 @@ class StopRule:
         last = history[-1]
         spent = last.samples - sum(check.looked for check in history)  # looks do not make chi2 smaller
         reach = NormalDist().inv_cdf(1 - self._spent(history)) * self._error(history)
-        left = self.goal - reach  # chi2_upper is at the goal where v + reach + reach² / (2 v) = goal
+        left = self.goal - reach  # the upper limit is at the goal where v + reach + reach² / (2 v) = goal
         room = 0.5 * (left + np.sqrt(left**2 - 2 * reach**2))
         usual = 1.5 * self._limit(spent)  # give or take 40 %: the weight of a rough glance
         trust = 1 / (1 + (last.error / (0.4 * usual)) ** 2)
@@ -157,18 +156,24 @@ class StopRule:
         return max((1 - LEVEL) * 0.5**k, 1e-12)
 
     def _limit(self, samples: int) -> float:
-        """About the least chi2 to hope for after so many samples, math (11)."""
+        """About the least chi2 to hope for after so much work, math (11)."""
         return 1.2 * self.work * self.n / max(samples, 1)
 
-    def _look(self, error: float) -> int:
-        """Samples whose chi2 has this standard error near the solution."""
-        return int(np.ceil(np.sqrt(2 * self.n) / error))
+    def _look(self, error: float, history: tuple[Check, ...]) -> int:
+        """Samples whose chi2 has this standard error: sqrt(2 n) / error for independent points at the solution.
+
+        Elsewhere, or for orbits, more by the factor which the last close look found.
+        """
+        more = 1.2
+        if close := [check for check in history if check.close]:
+            more = min(max(close[-1].error * close[-1].looked / self.work / np.sqrt(2 * self.n), 1.0), 8.0)
+        return int(np.ceil(more * np.sqrt(2 * self.n) / error))
 
     def _error(self, history: tuple[Check, ...]) -> float:
         """Standard error that a close look after ``history`` should have: less as its limit has to reach further.
 
-        At first goal / r with r = 1.2 (work² n)^¼, optimal for e ~ 0.9 / work; r >= 8 leaves room below the goal.
+        At first goal / r with r = 1.2 n^¼, optimal for e ~ 0.9 / work; r >= 8 leaves room below the goal.
         """
         assert self.goal is not None
         reach = NormalDist().inv_cdf(1 - self._spent(())) / NormalDist().inv_cdf(1 - self._spent(history))
-        return float(self.goal / min(64.0, max(8.0, 1.2 * self.work**0.5 * self.n**0.25)) * reach)
+        return float(self.goal / min(64.0, max(8.0, 1.2 * self.n**0.25)) * reach)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from distot import descent, optim, schedule, start, tree
 from distot.assign import Assigner
-from distot.certify import Certificate, certify, default_samples, mass_error
+from distot.certify import Certificate, cell_masses, certify, default_samples
 from distot.entropic import Soft
 from distot.optim import State
 from distot.problem import Problem
@@ -109,7 +109,7 @@ def iterate(problem: Problem, assigner: Assigner, options: Options, watch: Watch
             reserve = certificate_seconds(options, n, watch.seconds_per_sample)
             poll = partial(watch.poll, reserve)
             size = rule.size(state.samples, progress.history)
-            if progress.next_check <= state.samples <= limit - size:
+            if progress.next_check <= state.samples <= limit - size * work:
                 with watch.timed(size):
                     progress = look(problem, assigner, soft, rule, progress, size, poll)
                 watch.tell("check", **progress.history[-1].to_dict())
@@ -147,9 +147,10 @@ def look(
 ) -> Progress:
     """Estimates chi2 of the average on ``size`` fresh samples and adds it to the history."""
     state, history = progress.state, progress.history
-    found = mass_error(problem, assigner, state.average, soft, size, Stream.CHECK, len(history), poll)
-    history += (rule.judge(found, state.samples, size, state.step, history),)
-    state = replace(state, samples=state.samples + size)
+    masses = cell_masses(problem, assigner, state.average, soft, size, Stream.CHECK, len(history), poll)
+    spent = round(float(masses.total.sum()) * problem.orbit.work)
+    history += (rule.judge(masses.chi2(problem.target.mass), state.samples, spent, state.step, history),)
+    state = replace(state, samples=state.samples + spent)
     return replace(progress, state=state, history=history, next_check=rule.next(history))
 
 

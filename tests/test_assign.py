@@ -105,7 +105,7 @@ class Contract:
         b, n, d = shape
         z, atoms, heights = problem(b, n, d, 1.0, d)
         orbit = Orbit(d, symmetry, 0)
-        x = orbit.of(z, orbit.axes.float())
+        x = orbit.of(z, orbit.axes().float())
         assert len(x) == b * orbit.size
         self.check(self.make(atoms)(x, heights, k), x.points(), atoms, heights, k)
 

@@ -10,51 +10,10 @@ from numpy.typing import NDArray
 
 import distot
 from distot import assign
-from distot.certify import Estimate, Running, certify, chi2, chi2_upper, default_samples
+from distot.certify import Running, certify, default_samples
 from distot.problem import build_problem
 
 Array = NDArray[np.float64]
-
-
-def true_chi2(p: Array, mass: Array) -> float:
-    return float(((p - mass) ** 2 / mass).sum())
-
-
-class TestChi2:
-    @pytest.mark.parametrize("spread", [0.0, 0.3, 1.0])
-    @pytest.mark.parametrize("samples", [60, 2000])
-    def test_unbiased_with_an_honest_error(self, spread: float, samples: int) -> None:
-        """Over 4,000 repeats the mean is right to 4 standard errors, and the errors match the scatter."""
-        generator = np.random.default_rng(0)
-        mass = generator.dirichlet(np.full(50, 3.0))
-        p = mass * np.exp(spread * generator.standard_normal(50))
-        p /= p.sum()
-        found = [chi2(c.astype(float), mass) for c in generator.multinomial(samples, p, size=4000)]
-        values = np.array([f.value for f in found])
-        scatter = values.std(ddof=1)
-        assert abs(values.mean() - true_chi2(p, mass)) < 4 * scatter / np.sqrt(len(values))
-        stated = np.sqrt(np.mean([f.error**2 for f in found]))
-        assert 0.9 < stated / scatter < 1.5  # never far too small; a little large where pairs are few
-
-    def test_error_near_the_solution(self) -> None:
-        """About sqrt(2 N) / M for uniform masses, math (8)."""
-        n, m = 1000, 50_000
-        counts = np.random.default_rng(1).multinomial(m, np.full(n, 1 / n)).astype(float)
-        assert chi2(counts, np.full(n, 1 / n)).error == pytest.approx(np.sqrt(2 * n) / m, rel=0.1)
-
-    @pytest.mark.parametrize(("n", "samples", "spread"), [(200, 5000, 0.3), (2000, 20_000, 0.2), (50, 1000, 1.0)])
-    def test_upper_limit_covers(self, n: int, samples: int, spread: float) -> None:
-        generator = np.random.default_rng(2)
-        mass = np.full(n, 1 / n)
-        p = mass * np.exp(spread * generator.standard_normal(n))
-        p /= p.sum()
-        limits = [chi2_upper(chi2(c.astype(float), mass), 0.95) for c in generator.multinomial(samples, p, size=2000)]
-        covered = np.mean([limit >= true_chi2(p, mass) for limit in limits])
-        assert 0.935 < covered < 0.975
-
-    def test_one_sample_is_refused(self) -> None:
-        with pytest.raises(ValueError, match="at least two samples"):
-            chi2(np.array([1.0, 0.0]), np.array([0.5, 0.5]))
 
 
 class TestBound:
@@ -125,6 +84,16 @@ class TestCertificate:
         assert [default_samples(n) for n in (10, 20_000, 1_000_000)] == [10_000, 200_000, 2_000_000]
 
 
+def test_orbits_are_one_observation() -> None:
+    """Points of an orbit that are all the same carry no more than one."""
+    values = torch.from_numpy(np.random.default_rng(0).standard_normal(200))
+    one, eight = Running(), Running(8)
+    one.add(values)
+    eight.add(values.repeat_interleave(8))
+    assert eight.mean == pytest.approx(one.mean)
+    assert eight.error == pytest.approx(one.error)
+
+
 def test_running_mean_survives_a_large_offset() -> None:
     values = torch.from_numpy(np.random.default_rng(0).standard_normal(10_001)) + 1e8
     running = Running()
@@ -132,7 +101,3 @@ def test_running_mean_survives_a_large_offset() -> None:
         running.add(part)
     assert running.mean == pytest.approx(float(values.mean()), rel=1e-15)
     assert running.error == pytest.approx(float(values.std()) / np.sqrt(10_001), rel=1e-4)
-
-
-def test_limit_of_an_estimate() -> None:
-    assert Estimate(1.0, 2.0).lower(0.95) == pytest.approx(1 - 1.644854 * 2)

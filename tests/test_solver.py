@@ -13,9 +13,10 @@ from scipy.special import logsumexp, xlogy
 
 import distot
 from distot import assign, descent, entropic, graph, optim, start, tree
-from distot.certify import cell_counts, chi2
+from distot.certify import cell_masses
 from distot.errors import InputError, StoreError
-from distot.problem import build_problem
+from distot.masses import Estimate
+from distot.problem import Problem, build_problem
 from distot.schedule import Check, StopRule, batch, first_batch
 from distot.source import Stream
 from distot.store import copy_latents
@@ -26,6 +27,12 @@ CLOUD = RNG.standard_normal((300, 5)) * [3, 2, 1, 0.5, 0.1]
 
 def quiet(latents: Any, *args: Any, **options: Any) -> distot.Solution:
     return distot.solve(latents, *args, **({"progress": False} | options))
+
+
+def error(problem: Problem, search: assign.Assigner, heights: torch.Tensor) -> float:
+    """chi2 of heights in the frame."""
+    masses = cell_masses(problem, search, heights, None, 100_000, Stream.CHECK, 0, lambda: None)
+    return masses.chi2(problem.target.mass).value
 
 
 class TestGoalAndBudgets:
@@ -243,12 +250,10 @@ class TestWarmStart:
         problem = build_problem(moved, distot.Gaussian(np.full(5, 2.0)))
         heights = start.transfer(problem, first.problem, first._progress.state.average, "dense")
         search = assign.build("dense", problem.target.atoms)
-        counts = cell_counts(problem, search, heights, 100_000, Stream.CHECK, 0, lambda: None)
-        assert chi2(counts, problem.target.mass).value > 1  # the source moved: those heights are for another source
+        assert error(problem, search, heights) > 1  # the source moved: those heights are for another source
         problem = build_problem(moved)
         heights = start.transfer(problem, first.problem, first._progress.state.average, "dense")
-        counts = cell_counts(problem, search, heights, 100_000, Stream.CHECK, 0, lambda: None)
-        assert chi2(counts, problem.target.mass).value < 0.1
+        assert error(problem, assign.build("dense", problem.target.atoms), heights) < 0.1
 
     def test_resume_of_a_start_that_was_cut_short(self, tmp_path: Any) -> None:
         first = quiet(CLOUD, until_chi2=None, max_samples=20_000)
@@ -319,14 +324,11 @@ class TestParts:
         y = np.concatenate([RNG.standard_normal((900, 3)), 0.1 * RNG.standard_normal((100, 3)) + 8.0])
         problem = build_problem(y)
         search = assign.build("dense", problem.target.atoms)
-
-        def error(heights: torch.Tensor) -> float:
-            counts = cell_counts(problem, search, heights, 100_000, Stream.CHECK, 0, lambda: None)
-            return chi2(counts, problem.target.mass).value
-
         heights, work = start.multilevel(problem, "dense", lambda: None)
         assert work == pytest.approx(start.work(1000, problem.orbit.work), rel=0.1)
-        assert error(heights) < 0.3 * error(start.normal(problem).heights(problem.target.atoms))
+        assert error(problem, search, heights) < 0.3 * error(
+            problem, search, start.normal(problem).heights(problem.target.atoms)
+        )
 
     def test_lift_brings_a_starving_atom_back(self) -> None:
         problem = build_problem(RNG.standard_normal((50, 3)))
@@ -420,7 +422,7 @@ class TestParts:
 
     def test_later_close_looks_demand_more(self) -> None:
         rule = StopRule(1000, 0.05)
-        found = chi2(np.full(1000, 30.0), np.full(1000, 1e-3))
+        found = Estimate(0.0333, 0.0015)
         history: tuple[Check, ...] = ()
         uppers = []
         for _ in range(3):

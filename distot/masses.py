@@ -1,0 +1,89 @@
+"""Masses of the cells from orbits, and their squared relative error with an honest error bar; docs/math.md (8), (19).
+
+An orbit is one observation: its points depend on each other, those of two orbits do not. A source without symmetry has
+orbits of one point. Legend: n atoms, S orbits of T points, M = S T samples, k winners that share a sample.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+from scipy import sparse
+from torch import Tensor
+
+from distot.power import Array
+
+LEVEL = 0.95
+KEPT = 1 << 21  # winners of some orbits, evenly spread over all, that are remembered for the variance
+MEETINGS = 4e6  # pairs of orbits with a cell in common, of which its second part is estimated
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean and its standard error."""
+
+    value: float
+    error: float
+
+    def lower(self, level: float = LEVEL) -> float:
+        """One-sided lower confidence limit."""
+        return self.value - NormalDist().inv_cdf(level) * self.error
+
+
+class Masses:
+    """What about ``samples`` samples say about the masses of n cells; ``size``: points T of an orbit."""
+
+    def __init__(self, n: int, size: int, samples: int) -> None:
+        self.size, self.samples = size, samples
+        self.total: Array = np.zeros(n)  # sum_s c_is, with c_is the share that atom i has of orbit s, 0 <= c_is <= T
+        self.squares: Array = np.zeros(n)  # sum_s c_is²
+        self._kept: list[sparse.csr_array] = []
+
+    def add(self, index: Tensor, share: Tensor) -> None:
+        """Whole orbits, one after another: winners (B, k) and their shares (B, k) of each sample, which sum to 1."""
+        points, k = index.shape
+        row = np.repeat(np.arange(points // self.size, dtype=np.int64), self.size * k)
+        entries = (share.double().flatten().cpu().numpy(), (row, index.flatten().cpu().numpy()))
+        found = sparse.csr_array(entries, shape=(points // self.size, len(self.total)))
+        found.sum_duplicates()
+        self.total += found.sum(axis=0)
+        self.squares += found.power(2).sum(axis=0)
+        self._kept.append(found[:: 1 + self.samples * k // KEPT])
+
+    def chi2(self, mass: Array) -> Estimate:
+        """Unbiased chi2 (19), from pairs of orbits, with its standard error.
+
+        It is a U-statistic with kernel g(s, s') = sum_i c_is c_is' / (T² nu_i) - 1, so its variance is
+        (4 (S - 2) z1 + 2 z2) / (S (S - 1)) with z1 = Var E[g | s] and z2 = Var g. z2 is the variance over all pairs of
+        some orbits, and no smaller than (n - 1) / T², its value for independent points at the solution; z1 is the
+        variance over orbits of their mean g with all others, less what z2 adds to it.
+
+        Raises ValueError for fewer than two orbits.
+        """
+        t, m = self.size, float(self.total.sum())
+        orbits = round(m / t)
+        if orbits < 2:
+            raise ValueError(f"chi2 needs at least two samples, not {m:.0f}; from orbits of {t}, {2 * t}")
+        pairs = float(((self.total**2 - self.squares) / mass).sum()) / (m * (m - t))
+        kept = sparse.vstack(self._kept, format="csr")
+        mean = (kept @ (self.total / mass) - kept.power(2) @ (1 / mass)) / (t * (m - t))
+        meetings = float((np.bincount(kept.indices).astype(np.float64) ** 2).sum())
+        part = kept[:: int(np.ceil(max(1.0, meetings / MEETINGS) ** 0.5))]
+        met = part @ sparse.diags_array(1 / mass) @ part.T
+        others = part.shape[0] * (part.shape[0] - 1)
+        squares = float((met.data**2).sum() - (met.diagonal() ** 2).sum()) / (others * t**4)
+        z2 = max(squares - pairs**2, (len(mass) - 1.0) / t**2)
+        z1 = max(float(mean.var(ddof=1)) - z2 / (orbits - 1), 0.0)
+        return Estimate(pairs - 1, float(np.sqrt((4 * (orbits - 2) * z1 + 2 * z2) / (orbits * (orbits - 1)))))
+
+
+def upper(found: Estimate, level: float = LEVEL) -> float:
+    """One-sided upper confidence limit of chi2.
+
+    The estimate and its error rise and fall together, so value + z error falls short of the truth too often; the
+    second-order term of the limit on the logarithmic scale, value exp(z error / value), mends that.
+    """
+    reach = NormalDist().inv_cdf(level) * found.error
+    return found.value + reach + reach**2 / (2 * max(found.value, found.error))
