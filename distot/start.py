@@ -79,7 +79,7 @@ def multilevel(problem: Problem, assigner: str, poll: Callable[[], None]) -> tup
     ``poll`` is called between batches and may raise to stop.
     """
     guess = normal(problem)
-    levels = tree.grow(problem.target.atoms, problem.target.mass, problem.seed)
+    levels = tree.grow(problem.target.atoms, problem.target.mass, problem.seed, poll)
     samples = float(tree.work(problem.target.n))
     if not levels:
         return guess.heights(problem.target.atoms), 0

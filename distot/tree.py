@@ -1,19 +1,22 @@
-"""A tree of coarser and coarser targets: k-means centroids of the atoms, then of those centroids, and so on.
+"""A tree of coarser and coarser targets: nodes are k-means clusters of the atoms, split again into smaller ones.
 
 The start solves the coarsest problem first and refines its heights from level to level.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from distot.power import Array
 
-BRANCH = 8  # atoms to a node, on average
+BRANCH = 8  # atoms or nodes to a node, on average
 LEAST = 12  # nodes of the coarsest level
 ITERATIONS = 10
 
@@ -35,35 +38,46 @@ def widths(n: int) -> list[int]:
     return found[::-1]
 
 
-def grow(atoms: Tensor, mass: Array, seed: int) -> list[Level]:
-    """The levels above atoms (n, d), coarsest first, without empty nodes.
+def grow(atoms: Tensor, mass: Array, seed: int, poll: Callable[[], None]) -> list[Level]:
+    """The levels above atoms (n, d), coarsest first, without empty nodes. ``poll`` may raise to stop.
 
     Raises InputError if FAISS is not installed.
     """
-    if not (wanted := widths(len(atoms))):
-        return []
-    from distot.assign.faiss import kmeans
-
-    levels: list[Level] = []
-    for width in wanted[::-1]:
-        node = torch.unique(kmeans(atoms, width, ITERATIONS, seed + 1), return_inverse=True)[1].to(atoms.device)
-        weight = torch.as_tensor(mass, device=atoms.device)
-        total = _sum(node, weight)
-        atoms = (_sum(node, weight[:, None] * atoms) / total[:, None]).float()
-        mass = total.cpu().numpy()
-        levels.append(Level(atoms, mass, node))
-    return levels[::-1]
+    rows, weight = atoms.cpu().numpy(), torch.as_tensor(mass, device=atoms.device)
+    nodes = [np.zeros(len(rows), dtype=np.int64)]  # of each atom, level by level from the root
+    for width in widths(len(rows)):
+        nodes.append(_split(rows, nodes[-1], width, seed + 1, poll))
+    levels = []
+    for node, finer in pairwise([*nodes[1:], np.arange(len(rows))]):
+        where = torch.from_numpy(node).to(atoms.device)
+        total = _sum(where, weight)
+        centre = (_sum(where, weight[:, None] * atoms) / total[:, None]).float()
+        parent = np.empty(finer.max() + 1, dtype=np.int64)
+        parent[finer] = node
+        levels.append(Level(centre, total.cpu().numpy(), torch.from_numpy(parent).to(atoms.device)))
+    return levels
 
 
 def work(n: int) -> int:
     """What ``grow`` costs, in plain samples: one sample is a search among n atoms, math (11)."""
-    return round(sum(fine * coarse * (ITERATIONS + 1) / n for fine, coarse in _pairs(n)))
+    return sum((BRANCH if level else width) * (ITERATIONS + 1) for level, width in enumerate(widths(n)))
 
 
-def _pairs(n: int) -> Iterator[tuple[int, int]]:
-    for width in widths(n)[::-1]:
-        yield n, width
-        n = width
+def _split(
+    rows: NDArray[np.float32], node: NDArray[np.int64], width: int, seed: int, poll: Callable[[], None]
+) -> NDArray[np.int64]:
+    """The node of each row among about ``width`` finer ones: every node has children in proportion to its rows."""
+    from distot.assign.faiss import kmeans
+
+    ends = np.bincount(node).cumsum()
+    children = np.diff(np.rint(ends * (width / len(rows))), prepend=0).clip(1).astype(int)
+    out, first = np.empty_like(node), 0
+    for members, k in zip(np.split(node.argsort(kind="stable"), ends[:-1]), children, strict=True):
+        poll()
+        child = np.unique(kmeans(rows[members], int(k), ITERATIONS, seed), return_inverse=True)[1]
+        out[members] = first + child
+        first += int(child.max()) + 1
+    return out
 
 
 def _sum(node: Tensor, values: Tensor) -> Tensor:

@@ -315,7 +315,7 @@ class TestParts:
         """Where the potential is that of the Gaussian problem, (12), the refined heights are those of (12) again."""
         problem = build_problem(RNG.standard_normal((400, 4)) * [1.0, 2.0, 0.5, 3.0] + 1.0)
         guess, atoms = start.normal(problem), problem.target.atoms
-        level = tree.grow(atoms, problem.target.mass, 0)[-1]
+        level = tree.grow(atoms, problem.target.mass, 0, lambda: None)[-1]
         refined = start.prolong(guess.heights(level.atoms), guess.inverse(level.atoms), level, atoms, guess)
         assert torch.allclose(refined, guess.heights(atoms), atol=1e-9)
 
@@ -355,7 +355,7 @@ class TestParts:
     def test_tree_covers_every_atom(self) -> None:
         atoms = torch.randn(2000, 6, generator=torch.Generator().manual_seed(0))
         mass = np.arange(1, 2001) / (2000 * 2001 / 2)
-        levels = tree.grow(atoms, mass, 0)
+        levels = tree.grow(atoms, mass, 0, lambda: None)
         assert [len(level.mass) for level in levels] == tree.widths(2000) == [31, 250]
         assert [len(level.node) for level in levels] == [250, 2000]
         mean = mass @ atoms.double().numpy()

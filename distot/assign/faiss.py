@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from distot.assign import Winners
@@ -49,12 +51,14 @@ class Faiss:
         return Winners(index[:, :k].contiguous(), score[:, :k].contiguous())
 
 
-def kmeans(atoms: Tensor, clusters: int, iterations: int, seed: int) -> Tensor:
-    """Cluster of each atom (n,) int64 on the CPU; trained on at most 256 atoms a cluster.
+def kmeans(rows: NDArray[np.float32], clusters: int, iterations: int, seed: int) -> NDArray[np.int64]:
+    """Cluster of each row (n,) of rows (n, d); trained on at most 256 rows a cluster.
 
     Costs about 2 d clusters (min(n, 256 clusters) iterations + n) flops.
     """
-    rows = atoms.cpu().numpy()
+    if clusters == 1:
+        return np.zeros(len(rows), dtype=np.int64)
     training = faiss.Kmeans(rows.shape[1], clusters, niter=iterations, seed=seed, min_points_per_centroid=1)
     training.train(rows)
-    return torch.from_numpy(training.index.search(rows, 1)[1][:, 0])
+    found: NDArray[np.int64] = training.index.search(rows, 1)[1][:, 0]
+    return found
