@@ -84,11 +84,16 @@ class Orbits:
     def __len__(self) -> int:
         return 2 * self.z.shape[0] * self.z.shape[1]
 
-    def points(self) -> Tensor:
-        """All points (B T, d)."""
+    def halves(self) -> Tensor:
+        """The points + H z (B g, d), draw by draw; the others are their opposites."""
         blocks = torch.einsum("bgw,gwd->gbd", self.z, self.basis)
         points = torch.tensordot(signs(len(blocks)).to(blocks), blocks, dims=1)  # (g, B, d)
-        return torch.cat([points, -points]).transpose(0, 1).reshape(len(self), -1)
+        return points.transpose(0, 1).reshape(len(self) // 2, -1)
+
+    def points(self) -> Tensor:
+        """All points (B T, d)."""
+        half = self.halves().unflatten(0, (len(self.z), -1))
+        return torch.cat([half, -half], dim=1).flatten(0, 1)
 
 
 def signs(g: int) -> Tensor:

@@ -1,4 +1,7 @@
-"""One thread for every test: results do not depend on how busy the machine is, and small problems run faster."""
+"""One thread for every test: results do not depend on how busy the machine is, and small problems run faster.
+
+Without a GPU, Triton kernels run in its interpreter.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import faiss
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 torch.set_num_threads(1)
 faiss.omp_set_num_threads(1)

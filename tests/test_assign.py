@@ -156,6 +156,18 @@ class TestPortable(Contract):
         return Native(atoms, "portable")
 
 
+class TestTriton(Contract):
+    """The kernel of the GPU, in the interpreter where there is none; atoms in two runs, merged."""
+
+    name = "triton"
+
+    def make(self, atoms: Tensor) -> Assigner:
+        pytest.importorskip("triton", reason="triton has no wheel for this platform")
+        from distot.assign.triton import Triton
+
+        return Triton(atoms, splits=2)
+
+
 class TestAuto(Contract):
     name = "auto"
 
@@ -164,7 +176,7 @@ class TestAuto(Contract):
 
 
 def test_unknown_name() -> None:
-    with pytest.raises(InputError, match="unknown assigner 'nope'; choose one of auto, native, dense, faiss"):
+    with pytest.raises(InputError, match="unknown assigner 'nope'; choose one of auto, native, triton, dense, faiss"):
         build("nope", torch.zeros(3, 2))
 
 

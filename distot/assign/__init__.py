@@ -13,7 +13,7 @@ from torch import Tensor
 from distot.errors import InputError
 from distot.orbit import Orbits
 
-NAMES = ("auto", "native", "dense", "faiss")
+NAMES = ("auto", "native", "triton", "dense", "faiss")
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class Assigner(Protocol):
 def build(name: str, atoms: Tensor) -> Assigner:
     """The assigner ``name`` over atoms (n, d) float32.
 
-    "native": our own kernels on the CPU. "dense": tiled torch, any device. "faiss": FAISS flat index on the CPU.
+    "native": our own kernels on the CPU. "triton": our own kernel on an NVIDIA GPU. "dense": tiled torch, any device.
+    "faiss": FAISS flat index on the CPU.
     "auto": the fastest by bench/reports/assign.md, native on the CPU, dense on a GPU. Raises InputError for an unknown
     name, or a CPU search of atoms on a GPU.
     """
@@ -56,6 +57,10 @@ def build(name: str, atoms: Tensor) -> Assigner:
         from distot.assign.native import Native
 
         return Native(atoms)
+    if name == "triton":
+        from distot.assign.triton import Triton
+
+        return Triton(atoms)
     if name == "dense":
         from distot.assign.dense import Dense
 

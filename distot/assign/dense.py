@@ -48,7 +48,7 @@ class Dense:
             torch.addmm(h[a : a + len(y)], x, y.T, out=tile[:, : len(y)])
             best = tile[:, : groups * GROUP].unflatten(1, (groups, GROUP)).amax(dim=2)
             index = torch.arange(a // GROUP, a // GROUP + groups, device=x.device).expand(b, -1)
-            score, group = _best(torch.cat([score, best], 1), torch.cat([group, index], 1), k)
+            score, group = best_of(torch.cat([score, best], 1), torch.cat([group, index], 1), k)
         return self._rescore(x, h, group.sort(dim=1).values, k)
 
     def _rescore(self, x: Tensor, h: Tensor, group: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -61,12 +61,12 @@ class Dense:
             index = (group[a : a + step, :, None] * GROUP + member).flatten(1)  # (b, k * GROUP)
             inside = index.clamp_max(n - 1)
             score = torch.bmm(self.atoms[inside], x[a : a + step, :, None]).squeeze(2) + h[inside]
-            parts.append(_best(score.masked_fill_(index >= n, -torch.inf), index, k))
+            parts.append(best_of(score.masked_fill_(index >= n, -torch.inf), index, k))
         score, index = (torch.cat(columns) for columns in zip(*parts, strict=True))
         return index, score
 
 
-def _best(score: Tensor, index: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def best_of(score: Tensor, index: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of each row, best first; of equal ones the leftmost first. Overwrites ``score``."""
     k = min(k, score.shape[1])
     if k > 4:
