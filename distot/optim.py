@@ -24,6 +24,8 @@ PAIRS_LEAST, PAIRS_MOST = 4.0, 16.0  # an atom: pairs of winner and runner-up in
 PAIRS_A_BATCH = 0.2  # an atom: more of one batch would tie the graph to the noise of the gradient
 DAMPING_FIRST, DAMPING_LEAST, DAMPING_MOST = 1.0, 0.05, 4.0  # of the Newton step, times nu_i / tau_i
 STRETCH = 0.5  # damping aims at steps that move paired atoms apart by this many margins at most, root mean square
+TRUST, NOISE = 1.5, 12.0  # a step failed if the next batch's chi2 exceeds this times the last one, and this many errors
+BRAKE, FLOOR = 3.0, 2.0  # then damping grows by BRAKE, and stays above FLOOR times the one that failed, for a while
 OUTLIER = 100.0  # atoms whose margins exceed the median atom's by more count no more in the mean
 PRIOR = 5.0  # wins of mean margin added to each atom's own
 FULL_STEP = 0.2  # expected wins in a batch from which an atom takes the full step; below, one win would move it too far
@@ -39,6 +41,8 @@ class State:
     margin_count: Tensor  # decayed number of those samples
     pairs: Tensor  # (2, m) int32, winner and runner-up of m recent samples
     damping: float = DAMPING_FIRST
+    floor: float = 0.0  # of the damping, since a step failed
+    error: float = 1e30  # chi2 of the heights before the last step, from its batch alone
     step: int = 0
     time: float = 0.0  # t of the formulas: samples of all steps, in first batches
     samples: int = 0  # all search work so far, in plain samples
@@ -112,7 +116,8 @@ def update(state: State, tally: Tally, first_batch: int, mass: Tensor, work: int
     epsilon: the fixed temperature of the entropic problem, by which facets are wider than the margins say.
     A batch of s first batches is a step of length s: late steps, which are short, may so be taken together.
     The damping follows the steps: more of it where they stretch pairs of neighbours beyond STRETCH margins, where
-    the graph, which is a linear picture, is no longer to be trusted; less of it where they do not.
+    the graph, which is a linear picture, is no longer to be trusted; less of it where they do not. A few atoms may
+    still go much too far, as a cell that was empty shows no facets: the next batch tells, and the damping jumps.
     """
     batch = tally.pairs.shape[1]
     span = batch / first_batch
@@ -127,7 +132,10 @@ def update(state: State, tally: Tally, first_batch: int, mass: Tensor, work: int
     excess = (tally.hits / batch - mass) * (mass * batch / FULL_STEP).clamp(max=1)
     newton = found.solve(-excess, (state.damping * mass / margin).float()).double()
     step = span * RATE * (1 + state.time) ** -DECAY * (newton - mass @ newton)
-    damping = state.damping * (found.stretch(step) / STRETCH) ** 0.5
+    error = float(((tally.wins - 1) * tally.wins / mass).sum()) / (batch * (batch - 1)) - 1
+    floor, damping = state.floor * MEMORY**span, state.damping * (found.stretch(step) / STRETCH) ** 0.5
+    if error > TRUST * max(state.error, 0.0) + NOISE * (2 * len(mass)) ** 0.5 / batch:
+        floor, damping = max(floor, min(FLOOR * state.damping, 1.0)), BRAKE * state.damping
     time = state.time + span
     heights = state.heights + step
     average = state.average + AVERAGING * span / (time + AVERAGING * span) * (heights - state.average)
@@ -137,7 +145,9 @@ def update(state: State, tally: Tally, first_batch: int, mass: Tensor, work: int
         margin_sum,
         margin_count,
         pairs,
-        min(max(damping, DAMPING_LEAST), DAMPING_MOST),
+        min(max(damping, floor, DAMPING_LEAST), DAMPING_MOST),
+        floor,
+        error,
         state.step + 1,
         time,
         state.samples + work,

@@ -24,6 +24,7 @@ from distot.schedule import Check, Options, StopRule
 from distot.source import BLOCK, Stream
 from distot.watch import Stop, Watch
 
+SCALARS = ("damping", "floor", "error", "step", "time", "samples")
 ARRAYS = ("heights", "average", "margin_sum", "margin_count", "pairs")
 RESERVE = 0.2  # at most this share of max_seconds is kept for the certificate
 
@@ -44,11 +45,7 @@ class Progress:
 
     def scalars(self) -> dict[str, Any]:
         """Scalars of a checkpoint."""
-        return {
-            "step": self.state.step,
-            "damping": self.state.damping,
-            "time": self.state.time,
-            "samples": self.state.samples,
+        return {name: getattr(self.state, name) for name in SCALARS} | {
             "next_check": self.next_check,
             "history": [check.to_dict() for check in self.history],
             "started": self.started,
@@ -59,7 +56,7 @@ class Progress:
 def restore(arrays: dict[str, NDArray[Any]], scalars: dict[str, Any], device: torch.device) -> Progress:
     """The inverse of ``Progress.arrays`` and ``Progress.scalars``, ready to run on."""
     tensors = {name: torch.as_tensor(arrays[name], device=device) for name in ARRAYS}
-    numbers = {name: scalars[name] for name in ("damping", "step", "time", "samples")}
+    numbers = {name: scalars[name] for name in SCALARS}
     state: dict[str, Any] = tensors | numbers
     return Progress(
         State(**state),
