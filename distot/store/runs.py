@@ -179,6 +179,7 @@ class Run:
         Raises StoreError if checkpoints were committed and every one of them is damaged.
         """
         remarks: list[str] = []
+        latest = self._latest()
         for folder in self._committed():
             try:
                 arrays, scalars = _verified(folder)
@@ -192,7 +193,16 @@ class Run:
             return Checkpoint(folder.name, arrays, scalars, tuple(remarks))
         if remarks:
             raise StoreError("; ".join(remarks) + f"; no checkpoint of {self.path} is left, start a new run")
+        if self._latest() != latest:
+            return self.load_checkpoint()  # a writer has replaced them all while we looked
         return None
+
+    def _latest(self) -> bytes:
+        """What LATEST says; nothing before the first checkpoint."""
+        try:
+            return (self.path / "LATEST").read_bytes()
+        except FileNotFoundError:
+            return b""
 
 
 def _verified(folder: Path) -> tuple[Arrays, dict[str, Any]]:
