@@ -1,4 +1,4 @@
-# make demo   solve a real problem, from photographs to a certified map (2 minutes on 2 cores after set-up)
+# make demo   solve a real problem, from photographs to a certified map (half a minute on 2 cores after set-up)
 # make test   every test
 # make lint   ruff, mypy --strict, import-linter
 # make bench  measure; reports go to bench/reports/
