@@ -47,7 +47,6 @@ class Masses:
         row = np.repeat(np.arange(points // self.size, dtype=np.int64), self.size * k)
         entries = (share.double().flatten().cpu().numpy(), (row, index.flatten().cpu().numpy()))
         found = sparse.csr_array(entries, shape=(points // self.size, len(self.total)))
-        found.sum_duplicates()
         self.total += found.sum(axis=0)
         self.squares += found.power(2).sum(axis=0)
         self._kept.append(found[:: 1 + self.samples * k // KEPT])

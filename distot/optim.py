@@ -134,7 +134,8 @@ def update(state: State, tally: Tally, first_batch: int, mass: Tensor, work: int
     step = span * RATE * (1 + state.time) ** -DECAY * (newton - mass @ newton)
     error = float(((tally.wins - 1) * tally.wins / mass).sum()) / (batch * (batch - 1)) - 1
     floor, damping = state.floor * MEMORY**span, state.damping * (found.stretch(step) / STRETCH) ** 0.5
-    if error > TRUST * max(state.error, 0.0) + NOISE * (2 * len(mass)) ** 0.5 / batch:
+    failed = error > TRUST * max(state.error, 0.0) + NOISE * (2 * len(mass)) ** 0.5 / batch
+    if failed and not epsilon:  # whose soft masses the wins do not show
         floor, damping = max(floor, min(FLOOR * state.damping, 1.0)), BRAKE * state.damping
     time = state.time + span
     heights = state.heights + step

@@ -1,10 +1,12 @@
 """Latents from photographs: patches of the two pictures that come with scikit-learn, reduced by PCA.
 
     python -m jobs.patches patches.npy --count 20000 --dim 32
+    python -m jobs.patches million.npy --count 1000000 --flips
 
 Each latent is a random 8 x 8 x 3 window (192 numbers between 0 and 1), centred, and projected on the leading principal
 axes of all windows drawn. Natural patches are a hard and honest test: a few directions carry most of the variance,
-flat sky is crowded, edges and textures lie far out. The pictures hold 531,720 windows in all.
+flat sky is crowded, edges and textures lie far out. The pictures hold 531,720 windows, and as many
+mirrored ones.
 """
 
 from __future__ import annotations
@@ -21,11 +23,14 @@ from sklearn.decomposition import PCA
 SIDE = 8
 
 
-def patches(count: int, dim: int, seed: int = 0, whiten: bool = False) -> NDArray[np.float32]:
-    """``count`` distinct windows reduced to ``dim`` coordinates (count, dim)."""
+def patches(count: int, dim: int, seed: int = 0, whiten: bool = False, flips: bool = False) -> NDArray[np.float32]:
+    """``count`` distinct windows, also of the mirrored pictures if ``flips``, in ``dim`` numbers (count, dim)."""
+    pictures = load_sample_images().images
+    if flips:
+        pictures = [*pictures, *(picture[:, ::-1] for picture in pictures)]
     windows = [
         np.lib.stride_tricks.sliding_window_view(picture, (SIDE, SIDE, 3)).reshape(-1, SIDE * SIDE * 3)
-        for picture in load_sample_images().images
+        for picture in pictures
     ]
     every = np.unique(np.concatenate(windows), axis=0)
     if count > len(every):
@@ -41,9 +46,10 @@ def main(
     dim: Annotated[int, typer.Option(help="Principal axes to keep, at most 192.")] = 32,
     seed: int = 0,
     whiten: Annotated[bool, typer.Option(help="Scale every axis to variance 1.")] = False,
+    flips: Annotated[bool, typer.Option(help="Take patches of the mirrored pictures as well.")] = False,
 ) -> None:
     """Write image patches as an npy file."""
-    np.save(out, patches(count, dim, seed, whiten))
+    np.save(out, patches(count, dim, seed, whiten, flips))
 
 
 if __name__ == "__main__":

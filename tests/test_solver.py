@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -392,6 +393,23 @@ class TestParts:
         calm = optim.update(state, optim.count(assign.Winners(even, near.score), 0.0, n), 200, mass, 200)
         assert calm.damping < 0.5
         assert torch.allclose(calm.heights, state.heights)
+
+    def test_a_failed_step_brakes(self) -> None:
+        """A batch whose chi2 jumps trebles the damping and lifts its floor; one that is as bad as the last does not."""
+        n = 20
+        near = assign.Winners(torch.tensor([[3, 4]] * 200), torch.tensor([[1.0, 0.9]] * 200))
+        mass, tally = torch.full((n,), 1 / n, dtype=torch.float64), optim.count(near, 0.0, n)
+        before = replace(optim.begin(torch.zeros(n, dtype=torch.float64), 0), damping=0.3, floor=0.1)
+        found = float(n - 1)  # chi2 of this batch
+        failed, usual = (
+            optim.update(replace(before, error=error), tally, 200, mass, 200) for error in (found / 10, found)
+        )
+        assert failed.error == usual.error == pytest.approx(found)
+        assert failed.damping == pytest.approx(3 * before.damping)
+        assert failed.floor == pytest.approx(0.6)
+        assert usual.floor < before.floor
+        entropic = optim.update(replace(before, error=found / 10), tally, 200, mass, 200, epsilon=1.0)
+        assert entropic.floor < before.floor
 
     def test_tally_shares_a_sample_between_the_two_best(self) -> None:
         near = assign.Winners(torch.tensor([[0, 1], [2, 0]]), torch.tensor([[3.0, 2.0], [1.0, 1.0]]))
