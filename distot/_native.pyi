@@ -1,4 +1,31 @@
 from torch import Tensor
 
-def search(x: Tensor, atoms: Tensor, heights: Tensor, threads: int, isa: str, index: Tensor, score: Tensor) -> None: ...
+def search(
+    x: Tensor,
+    atoms: Tensor,
+    heights: Tensor,
+    threads: int,
+    isa: str,
+    index: Tensor,
+    score: Tensor,
+    first: int = 0,
+    more: bool = False,
+) -> None: ...
+def search_lists(
+    x: Tensor,
+    atoms: Tensor,
+    heights: Tensor,
+    threads: int,
+    isa: str,
+    index: Tensor,
+    score: Tensor,
+    more: bool,
+    starts: Tensor,
+    names: Tensor,
+    way: Tensor,
+    bias: Tensor,
+    guide: Tensor,
+    limit: Tensor | None,
+    ceiling: Tensor | None,
+) -> int: ...
 def available() -> list[str]: ...

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from torch import Tensor
 
 from distot import assign, optim, schedule
-from distot.assign import Assigner
+from distot.assign import Assigner, Winners
 from distot.entropic import Soft
 from distot.optim import State, Tally
-from distot.orbit import points
+from distot.orbit import Orbits, points
 from distot.problem import Problem
 from distot.source import Stream
 
@@ -29,10 +29,12 @@ def advance(
     step: int,
     poll: Callable[[], None],
     soft: Soft | None = None,
+    each: Callable[[Tensor | Orbits, Winners], None] | None = None,
 ) -> State:
     """The state after one more step, whose samples are those of (stream, step); ``poll`` may raise to stop.
 
     mass: the target's (n,), on the device of the heights. soft: the entropic problem, where no atom starves.
+    ``each`` gets the samples and their winners by block.
     """
     n, orbit = problem.target.n, problem.orbit
     tally: Tally | None = None
@@ -40,6 +42,8 @@ def advance(
     for x in problem.batch(stream, step, schedule.batch(n, orbit.work, state.time)):
         poll()
         near = assigner(x, state.heights, k)
+        if each is not None:
+            each(x, near)
         counted = optim.count(near, temperature, n)
         tally = counted if tally is None else tally + counted
     assert tally is not None

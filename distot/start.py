@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from distot import assign, descent, optim, schedule, tree
-from distot.assign import Assigner
+from distot.assign import Assigner, Winners
 from distot.entropic import Soft
-from distot.orbit import points
+from distot.orbit import Orbits, points
 from distot.power import Array
 from distot.problem import Problem
 from distot.source import Stream
@@ -24,7 +24,8 @@ from distot.tree import Level
 
 CLAMP = 1e-12  # smallest eigenvalue of S0^½ S S0^½, relative to the largest
 SAMPLES_PER_NODE = 30  # for the steps on a level, of a source without symmetry
-CENTRE_SAMPLES = 10  # for each node's cell centre; at least CENTRE_LEAST on a level
+SETTLED = 0.5  # share of them after which winners count for the cell centres
+CENTRE_SAMPLES = 10  # for each cell centre of a warm start; at least CENTRE_LEAST
 CENTRE_LEAST = 256
 PROBE = 4  # samples an atom to find out how good the heights of a warm start are
 STEPS = 1 << 20  # step numbers set aside for a level
@@ -66,11 +67,7 @@ def normal(problem: Problem) -> Normal:
 
 def work(n: int, orbit_work: float) -> int:
     """What ``multilevel`` costs, in plain samples, give or take a batch."""
-    solving = sum(
-        orbit_work * k / n * (SAMPLES_PER_NODE * k * orbit_work**-0.5 + max(CENTRE_LEAST, CENTRE_SAMPLES * k))
-        for k in tree.widths(n)
-    )
-    return tree.work(n) + round(solving)
+    return tree.work(n) + round(sum(orbit_work**0.5 * SAMPLES_PER_NODE * k * k / n for k in tree.widths(n)))
 
 
 def multilevel(problem: Problem, assigner: str, poll: Callable[[], None]) -> tuple[Tensor, int]:
@@ -87,10 +84,9 @@ def multilevel(problem: Problem, assigner: str, poll: Callable[[], None]) -> tup
     for number, level in enumerate(levels):
         finer = levels[number + 1].atoms if number + 1 < len(levels) else problem.target.atoms
         coarse = replace(problem, target=problem.target.replaced(level.atoms, level.mass))
-        heights, spent = _solve(coarse, assigner, heights, number * STEPS, poll)
-        centres, counted = _centres(coarse, assigner, heights, (number + 1) * STEPS - 1, guess, poll)
+        heights, centres, spent = _solve(coarse, assigner, heights, number * STEPS, guess, poll)
         heights = prolong(heights, centres, level, finer, guess)
-        samples += (spent + counted) * len(level.mass) / problem.target.n
+        samples += spent * len(level.mass) / problem.target.n
     return heights, round(samples)
 
 
@@ -111,8 +107,10 @@ def transfer(problem: Problem, old: Problem, heights: Tensor, assigner: str) -> 
     half = -0.5 * atoms.double().square().sum(dim=1)
     node = torch.cat([search(problem.target.atoms[rows], half, k=1).index[:, 0] for rows in blocks(problem.target.n)])
     guess = normal(problem)
-    centres, _ = _centres(coarse, assigner, begun, STEPS - 1, guess, lambda: None)
-    return prolong(begun, centres, Level(atoms, target.mass, node), problem.target.atoms, guess)
+    won = Won(atoms)
+    for x in coarse.batch(Stream.START, STEPS - 1, max(CENTRE_LEAST, CENTRE_SAMPLES * len(atoms))):
+        won.add(x, search(x, begun, k=1))
+    return prolong(begun, won.centres(guess), Level(atoms, target.mass, node), problem.target.atoms, guess)
 
 
 def probe(
@@ -146,27 +144,36 @@ def _end(nodes: int, orbit_work: float) -> float:
     return SAMPLES_PER_NODE * nodes * orbit_work**-0.5 / schedule.first_batch(nodes, orbit_work)
 
 
-def _solve(coarse: Problem, assigner: str, heights: Tensor, first: int, poll: Callable[[], None]) -> tuple[Tensor, int]:
-    """Average heights of the centroids after a fixed number of samples, and their work."""
+def _solve(
+    coarse: Problem, assigner: str, heights: Tensor, first: int, guess: Normal, poll: Callable[[], None]
+) -> tuple[Tensor, Tensor, int]:
+    """Average heights (K,) of the centroids after a fixed number of samples, cell centres (K, d), and the work.
+
+    The centres are those of the samples of the later steps, which come free.
+    """
     search = assign.build(assigner, coarse.target.atoms)
     mass = torch.as_tensor(coarse.target.mass, device=heights.device)
-    state = optim.begin(heights, 0)
-    while state.time < _end(coarse.target.n, coarse.orbit.work):
-        state = descent.advance(coarse, search, state, mass, Stream.START, first + state.step, poll)
-    return state.average, state.samples
+    state, won, end = optim.begin(heights, 0), Won(coarse.target.atoms), _end(coarse.target.n, coarse.orbit.work)
+    while state.time < end:
+        each = won.add if state.time >= SETTLED * end else None
+        state = descent.advance(coarse, search, state, mass, Stream.START, first + state.step, poll, each=each)
+    return state.average, won.centres(guess), state.samples
 
 
-def _centres(
-    coarse: Problem, assigner: str, heights: Tensor, step: int, guess: Normal, poll: Callable[[], None]
-) -> tuple[Tensor, float]:
-    """Mean sample (K, d) of each cell, and the work; an empty cell gets the point that ``guess`` maps to its atom."""
-    search, atoms = assign.build(assigner, coarse.target.atoms), coarse.target.atoms
-    total = torch.zeros(atoms.shape, dtype=torch.float64, device=atoms.device)
-    count = torch.zeros(len(atoms), dtype=torch.float64, device=atoms.device)
-    for x in coarse.batch(Stream.START, step, max(CENTRE_LEAST, CENTRE_SAMPLES * len(atoms))):
-        poll()
-        winner = search(x, heights, k=1).index[:, 0]
-        total.index_add_(0, winner, points(x).double())
-        count.index_add_(0, winner, torch.ones_like(winner, dtype=torch.float64))
-    mean = torch.where(count[:, None] > 0, total / count.clamp_min(1)[:, None], guess.inverse(atoms))
-    return mean, float(count.sum()) * coarse.orbit.work
+class Won:
+    """Samples that each of K atoms (K, d) has won: their number and sum."""
+
+    def __init__(self, atoms: Tensor) -> None:
+        self.atoms = atoms
+        self.total = torch.zeros(atoms.shape, dtype=torch.float64, device=atoms.device)
+        self.count = torch.zeros(len(atoms), dtype=torch.float64, device=atoms.device)
+
+    def add(self, x: Tensor | Orbits, near: Winners) -> None:
+        winner = near.index[:, 0]
+        self.total.index_add_(0, winner, points(x).double())
+        self.count.index_add_(0, winner, torch.ones_like(winner, dtype=torch.float64))
+
+    def centres(self, guess: Normal) -> Tensor:
+        """Mean sample (K, d) of each cell; an empty cell gets the point that ``guess`` maps to its atom."""
+        mean = self.total / self.count.clamp_min(1)[:, None]
+        return torch.where(self.count[:, None] > 0, mean, guess.inverse(self.atoms))

@@ -11,14 +11,13 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from distot.power import Array
 
 BRANCH = 8  # atoms or nodes to a node, on average
 LEAST = 12  # nodes of the coarsest level
-ITERATIONS = 10
+ITERATIONS = 10  # of k-means
 
 
 @dataclass(frozen=True)
@@ -43,10 +42,12 @@ def grow(atoms: Tensor, mass: Array, seed: int, poll: Callable[[], None]) -> lis
 
     Raises InputError if FAISS is not installed.
     """
+    from distot.assign.faiss import split
+
     rows, weight = atoms.cpu().numpy(), torch.as_tensor(mass, device=atoms.device)
     nodes = [np.zeros(len(rows), dtype=np.int64)]  # of each atom, level by level from the root
     for width in widths(len(rows)):
-        nodes.append(_split(rows, nodes[-1], width, seed + 1, poll))
+        nodes.append(split(rows, nodes[-1], width, ITERATIONS, seed + 1, poll))
     levels = []
     for node, finer in pairwise([*nodes[1:], np.arange(len(rows))]):
         where = torch.from_numpy(node).to(atoms.device)
@@ -61,23 +62,6 @@ def grow(atoms: Tensor, mass: Array, seed: int, poll: Callable[[], None]) -> lis
 def work(n: int) -> int:
     """What ``grow`` costs, in plain samples: one sample is a search among n atoms, math (11)."""
     return sum((BRANCH if level else width) * (ITERATIONS + 1) for level, width in enumerate(widths(n)))
-
-
-def _split(
-    rows: NDArray[np.float32], node: NDArray[np.int64], width: int, seed: int, poll: Callable[[], None]
-) -> NDArray[np.int64]:
-    """The node of each row among about ``width`` finer ones: every node has children in proportion to its rows."""
-    from distot.assign.faiss import kmeans
-
-    ends = np.bincount(node).cumsum()
-    children = np.diff(np.rint(ends * (width / len(rows))), prepend=0).clip(1).astype(int)
-    out, first = np.empty_like(node), 0
-    for members, k in zip(np.split(node.argsort(kind="stable"), ends[:-1]), children, strict=True):
-        poll()
-        child = np.unique(kmeans(rows[members], int(k), ITERATIONS, seed), return_inverse=True)[1]
-        out[members] = first + child
-        first += int(child.max()) + 1
-    return out
 
 
 def _sum(node: Tensor, values: Tensor) -> Tensor:

@@ -2,8 +2,10 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -16,6 +18,9 @@ using namespace nb::literals;
 using Draws = nb::ndarray<const float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 using Vector = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Index = nb::ndarray<int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Places = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Names = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Matrix = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Score = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
 namespace {
@@ -35,30 +40,70 @@ std::vector<std::pair<std::string, Search>> available() {
     return found;
 }
 
-void search(Draws x, Draws atoms, Vector heights, int threads, const std::string& isa, Index index, Score score) {
-    const int64_t draws = x.shape(0), n = atoms.shape(0), k = index.shape(1);
-    const int g = static_cast<int>(x.shape(1));
-    const int64_t points = g > 1 ? 2 * g : 1;
-    if (g != 1 && g != 2 && g != 4 && g != 8 && g != 16) throw std::invalid_argument("1, 2, 4, 8 or 16 blocks");
-    if (x.shape(1) != atoms.shape(1) || x.shape(2) != atoms.shape(2) || int64_t(heights.shape(0)) != n)
-        throw std::invalid_argument("shapes of draws, atoms and heights do not fit");
-    if (int64_t(index.shape(0)) != draws * points || score.shape(0) != index.shape(0) || score.shape(1) != index.shape(1))
-        throw std::invalid_argument("shapes of the outputs do not fit");
-    if (k < 1 || k > n || n > INT32_MAX || threads < 1) throw std::invalid_argument("1 <= k <= n < 2^31, threads >= 1");
-    for (const auto& [name, run] : available())
+void run(const std::string& isa, const distot::Request& request) {
+    for (const auto& [name, search] : available())
         if (name == isa) {
             nb::gil_scoped_release free;
-            return run({x.data(), atoms.data(), heights.data(), draws, n, int64_t(x.shape(2)), g, int(k), threads,
-                        index.data(), score.data()});
+            return search(request);
         }
     throw std::invalid_argument("this machine has no " + isa);
+}
+
+void check(bool fits, const char* what) {
+    if (!fits) throw std::invalid_argument(what);
+}
+
+// What both searches have in common, checked.
+distot::Request request(const Draws& x, const Draws& atoms, const Vector& heights, int threads, int64_t first, bool more,
+                        const Index& index, const Score& score) {
+    const int64_t draws = x.shape(0), n = atoms.shape(0), k = index.shape(1);
+    const int g = static_cast<int>(x.shape(1));
+    const size_t points = draws * (g > 1 ? 2 * g : 1);
+    check(g == 1 || g == 2 || g == 4 || g == 8 || g == 16, "1, 2, 4, 8 or 16 blocks");
+    check(x.shape(1) == atoms.shape(1) && x.shape(2) == atoms.shape(2) && heights.shape(0) == atoms.shape(0),
+          "shapes of draws, atoms and heights do not fit");
+    check(index.shape(0) == points && score.shape(0) == points && score.shape(1) == index.shape(1),
+          "shapes of the outputs do not fit");
+    check(k >= 1 && (more || k <= n) && first + n < INT32_MAX && threads >= 1, "1 <= k <= n < 2^31, threads >= 1");
+    return {x.data(), atoms.data(), heights.data(), draws, n, int64_t(x.shape(2)), g, int(k), threads, first, more,
+            index.data(), score.data(), {}};
+}
+
+void search(Draws x, Draws atoms, Vector heights, int threads, const std::string& isa, Index index, Score score,
+            int64_t first, bool more) {
+    run(isa, request(x, atoms, heights, threads, first, more, index, score));
+}
+
+int64_t search_lists(Draws x, Draws atoms, Vector heights, int threads, const std::string& isa, Index index, Score score,
+                     bool more, Places starts, Names names, Matrix way, Vector bias, Matrix guide,
+                     std::optional<Vector> limit, std::optional<Vector> ceiling) {
+    distot::Request whole = request(x, atoms, heights, threads, 0, true, index, score);
+    const size_t lists = bias.shape(0), draws = x.shape(0);
+    check(x.shape(1) == 1, "plain samples only");
+    check(lists > 0 && starts.shape(0) == lists + 1 && way.shape(0) == lists && way.shape(1) == guide.shape(1) &&
+              guide.shape(0) == draws && names.shape(0) == atoms.shape(0) && (!limit || limit->shape(0) == draws) &&
+              (!ceiling || ceiling->shape(0) == draws),
+          "shapes of the lists do not fit");
+    std::atomic<int64_t> scored{0};
+    whole.more = more;
+    whole.lists = {int64_t(lists), starts.data(), names.data(), int64_t(way.shape(1)), way.data(), bias.data(),
+                   guide.data(), limit ? limit->data() : nullptr, ceiling ? ceiling->data() : nullptr, &scored};
+    run(isa, whole);
+    return scored;
 }
 
 }  // namespace
 
 NB_MODULE(_native, m) {
-    m.def("search", &search, "x"_a, "atoms"_a, "heights"_a, "threads"_a, "isa"_a, "index"_a, "score"_a,
-          "Fills index and score (rows, k) with the best atoms of samples or orbits x (draws, g, width).");
+    m.def("search", &search, "x"_a, "atoms"_a, "heights"_a, "threads"_a, "isa"_a, "index"_a, "score"_a, "first"_a = 0,
+          "more"_a = false,
+          "Fills index and score (rows, k) with the best atoms of samples or orbits x (draws, g, width). ``first`` is the "
+          "index of the first atom; with ``more`` index and score hold winners among other atoms to go on from.");
+    m.def("search_lists", &search_lists, "x"_a, "atoms"_a, "heights"_a, "threads"_a, "isa"_a, "index"_a, "score"_a,
+          "more"_a, "starts"_a, "names"_a, "way"_a, "bias"_a, "guide"_a, "limit"_a.none(), "ceiling"_a.none(),
+          "The same for samples x (draws, 1, width) and atoms in lists, of which list c starts at starts[c]: sample s "
+          "visits it if limit[s] <= <way[c], guide[s]> + bias[c] < ceiling[s], the limit by default its k-th best score so "
+          "far. ``names``: indices of the atoms. Returns how many scores were computed.");
     m.def("available", [] {
         nb::list names;
         for (const auto& entry : available()) names.append(entry.first);

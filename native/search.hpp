@@ -1,9 +1,25 @@
 // Which atoms win each sample: argmax_i <x, y_i> + h_i. The search of distot/assign/native.py.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 
 namespace distot {
+
+// Atoms grouped into lists; a plain sample visits some of them. Without lists count is 0.
+// Sample s goes to list c if limit[s] <= <way[c], guide[s]> + bias[c] < ceiling[s].
+struct Lists {
+    int64_t count;
+    const int64_t* starts;  // (count + 1): list c is atoms starts[c] to starts[c + 1]
+    const int32_t* index;   // (n): what to call each atom; of equal scores the one with the lowest name wins
+    int64_t width;
+    const float* way;      // (count, width)
+    const float* bias;     // (count)
+    const float* guide;    // (draws, width)
+    const float* limit;    // (draws), or null for the k-th best score that s has so far
+    const float* ceiling;  // (draws), or null for none
+    std::atomic<int64_t>* scored;  // out: adds up the atoms that were scored
+};
 
 // All arrays are row-major. T = 2 g points belong to a draw if g > 1, in the order of distot/orbit.py; else T = 1.
 struct Request {
@@ -14,8 +30,11 @@ struct Request {
     int g;        // 1, 2, 4, 8 or 16 blocks
     int k;        // winners wanted, 1 <= k <= n
     int threads;  // at least 1
+    int64_t first;  // index of the first atom
+    bool more;      // index and score hold the winners among other atoms; go on from them
     int64_t* index;  // out: (draws T, k), best first, equal scores in the order of their indices
     float* score;    // out: (draws T, k)
+    Lists lists;
 };
 
 namespace portable { void search(const Request&); }

@@ -41,6 +41,7 @@ inline bool any(Mask mask) {
 
 constexpr int64_t TILE_BYTES = 128 << 10;  // of atoms, to stay in the second-level cache while panels pass by
 constexpr int CHUNK = 8;                   // panels that a thread takes at a time
+constexpr int64_t VISITORS = 4096;         // samples that a thread takes at a time to lists
 
 // Memory for vectors, which need more alignment than malloc gives.
 template <class T>
@@ -60,26 +61,38 @@ struct Best {
     std::vector<int32_t> index;
 
     Best(int64_t rows, int k) : k(k), score(rows * k), index(rows * k) {}
-    void clear() {
+    void load(const Request& r, int64_t first, int64_t rows) {
         std::fill(score.begin(), score.end(), -FLT_MAX);
-        std::fill(index.begin(), index.end(), 0);
+        std::fill(index.begin(), index.end(), INT32_MAX);
+        if (!r.more) return;
+        std::copy_n(r.score + first * k, rows * k, score.data());
+        std::copy_n(r.index + first * k, rows * k, index.data());
     }
-    // Adds an atom that beats the k-th best, behind its equals; returns the new k-th best score.
+    void store(const Request& r, int64_t first, int64_t rows) const {
+        std::copy_n(score.data(), rows * k, r.score + first * k);
+        std::copy_n(index.data(), rows * k, r.index + first * k);
+    }
+    float last(int64_t row) const { return score[row * k + k - 1]; }
+    bool beats(int64_t at, float value, int32_t atom) const {
+        return value > score[at] || (value == score[at] && atom < index[at]);
+    }
+    // Adds an atom if it beats the k-th best; returns the k-th best score.
     float insert(int64_t row, float value, int32_t atom) {
-        float* s = &score[row * k];
-        int32_t* at = &index[row * k];
-        int j = k - 1;
-        for (; j > 0 && s[j - 1] < value; --j) {
-            s[j] = s[j - 1];
-            at[j] = at[j - 1];
+        int64_t j = row * k + k - 1;
+        if (!beats(j, value, atom)) return score[j];
+        for (; j > row * k && beats(j - 1, value, atom); --j) {
+            score[j] = score[j - 1];
+            index[j] = index[j - 1];
         }
-        s[j] = value;
-        at[j] = atom;
-        return s[k - 1];
+        score[j] = value;
+        index[j] = atom;
+        return last(row);
     }
 };
 
-// Plain samples: REGISTERS vectors of them against GROUP atoms.
+// Plain samples: REGISTERS vectors of them against GROUP atoms. LISTED: atoms do not come in the order of their indices,
+// so one that only equals the k-th best may still have a lower index.
+template <bool LISTED>
 struct Plain {
     static constexpr int REGISTERS = LANES == 16 ? 4 : 3, GROUP = LANES == 16 ? 6 : 4;
     static constexpr int ROWS = REGISTERS * LANES, POINTS = 1;
@@ -93,15 +106,22 @@ struct Plain {
         Panel(const Request& r) : x(r.width * REGISTERS), best(ROWS, r.k) {}
     };
 
+    static Mask passes(V score, V limit) { return LISTED ? score >= limit : score > limit; }
+    int32_t name(int64_t atom) const { return LISTED ? request.lists.index[atom] : request.first + atom; }
+
     void load(Panel& panel, int64_t first) const {
+        const int64_t rows = std::min<int64_t>(ROWS, request.draws - first);
         panel.first = first;
-        panel.best.clear();
-        for (V& limit : panel.limit) limit = all(-FLT_MAX);
+        panel.best.load(request, first, rows);
+        for (int64_t row = 0; row < ROWS; ++row) place(panel, row, first + std::min(row, rows - 1));
+    }
+
+    // Puts a sample into a row of the panel.
+    void place(Panel& panel, int64_t row, int64_t sample) const {
         float* to = reinterpret_cast<float*>(panel.x.data());
-        for (int64_t row = 0; row < ROWS; ++row) {
-            const float* from = request.x + std::min(first + row, request.draws - 1) * request.width;
-            for (int64_t q = 0; q < request.width; ++q) to[q * ROWS + row] = from[q];
-        }
+        const float* from = request.x + sample * request.width;
+        for (int64_t q = 0; q < request.width; ++q) to[q * ROWS + row] = from[q];
+        panel.limit[row / LANES][row % LANES] = panel.best.last(row);
     }
 
     template <int N>
@@ -121,7 +141,7 @@ struct Plain {
         for (int m = 0; m < REGISTERS; ++m) {
             V top = score[0][m];
             for (int j = 1; j < N; ++j) top = larger(top, score[j][m]);
-            hit |= top > panel.limit[m];
+            hit |= passes(top, panel.limit[m]);
         }
         if (__builtin_expect(any(hit), 0)) {
             V kept[N][REGISTERS];
@@ -134,10 +154,11 @@ struct Plain {
     __attribute__((noinline)) void take(Panel& panel, int64_t a, const V (*score)[REGISTERS]) const {
         for (int m = 0; m < REGISTERS; ++m)
             for (int j = 0; j < N; ++j) {
-                if (!any(score[j][m] > panel.limit[m])) continue;
+                const Mask pass = passes(score[j][m], panel.limit[m]);
+                if (!any(pass)) continue;
                 for (int lane = 0; lane < LANES; ++lane)
-                    if (score[j][m][lane] > panel.limit[m][lane])
-                        panel.limit[m][lane] = panel.best.insert(m * LANES + lane, score[j][m][lane], a + j);
+                    if (pass[lane])
+                        panel.limit[m][lane] = panel.best.insert(m * LANES + lane, score[j][m][lane], name(a + j));
             }
     }
 
@@ -147,9 +168,7 @@ struct Plain {
     }
 
     void store(const Panel& panel) const {
-        const int64_t rows = std::min<int64_t>(ROWS, request.draws - panel.first), k = request.k;
-        std::copy_n(panel.best.score.data(), rows * k, request.score + panel.first * k);
-        std::copy_n(panel.best.index.data(), rows * k, request.index + panel.first * k);
+        panel.best.store(request, panel.first, std::min<int64_t>(ROWS, request.draws - panel.first));
     }
 };
 
@@ -171,9 +190,12 @@ struct Orbits {
 
     void load(Panel& panel, int64_t first) const {
         panel.first = first;
-        panel.best.clear();
-        for (int m = 0; m < REGISTERS; ++m)
-            for (int i = 0; i < G; ++i) panel.above[m][i] = all(-FLT_MAX), panel.below[m][i] = all(FLT_MAX);
+        panel.best.load(request, first * POINTS, std::min<int64_t>(ROWS, request.draws - first) * POINTS);
+        for (int64_t row = 0; row < ROWS; ++row)
+            for (int i = 0; i < G; ++i) {
+                panel.above[row / LANES][i][row % LANES] = panel.best.last(row * POINTS + i);
+                panel.below[row / LANES][i][row % LANES] = -panel.best.last(row * POINTS + G + i);
+            }
         float* to = reinterpret_cast<float*>(panel.x.data());
         const int64_t length = G * request.width;
         for (int64_t row = 0; row < ROWS; ++row) {
@@ -246,13 +268,15 @@ struct Orbits {
                 if (any(plus > above))
                     for (int lane = 0; lane < LANES; ++lane)
                         if (plus[lane] > above[lane])
-                            above[lane] = panel.best.insert((m * LANES + lane) * POINTS + i, plus[lane], a + j);
+                            above[lane] = panel.best.insert(place(m, lane) + i, plus[lane], request.first + a + j);
                 if (any(minus < below))
                     for (int lane = 0; lane < LANES; ++lane)
                         if (minus[lane] < below[lane])
-                            below[lane] = -panel.best.insert((m * LANES + lane) * POINTS + G + i, -minus[lane], a + j);
+                            below[lane] = -panel.best.insert(place(m, lane) + G + i, -minus[lane], request.first + a + j);
             }
     }
+
+    static int64_t place(int m, int lane) { return (m * LANES + lane) * POINTS; }
 
     void tile(Panel& panel, int64_t a, int64_t end) const {
         for (; a + GROUP <= end; a += GROUP) group<GROUP>(panel, a);
@@ -260,40 +284,137 @@ struct Orbits {
     }
 
     void store(const Panel& panel) const {
-        const int64_t rows = std::min<int64_t>(ROWS, request.draws - panel.first) * POINTS, k = request.k;
-        std::copy_n(panel.best.score.data(), rows * k, request.score + panel.first * POINTS * k);
-        std::copy_n(panel.best.index.data(), rows * k, request.index + panel.first * POINTS * k);
+        panel.best.store(request, panel.first * POINTS, std::min<int64_t>(ROWS, request.draws - panel.first) * POINTS);
     }
 };
 
-// Threads take chunks of panels until none is left; a tile of atoms meets all panels of a chunk while it is in cache.
+// Threads take pieces of the work until none is left; ``work(take)`` runs on each, and take() gives the next piece.
+template <class Work>
+void share(int64_t pieces, int threads, const Work& work) {
+    std::atomic<int64_t> next{0};
+    auto take = [&] { return std::min(next.fetch_add(1), pieces); };
+    std::vector<std::thread> helpers;
+    for (int64_t t = 1; t < std::min<int64_t>(threads, pieces); ++t) helpers.emplace_back([&] { work(take); });
+    work(take);
+    for (std::thread& helper : helpers) helper.join();
+}
+
+// Every sample against every atom: a tile of atoms meets all panels of a piece while it is in cache.
 template <class Kernel>
 void sweep(const Kernel& kernel) {
     const Request& r = kernel.request;
     const int64_t panels = (r.draws + Kernel::ROWS - 1) / Kernel::ROWS;
     const int64_t chunk = std::max<int64_t>(1, std::min<int64_t>(CHUNK, panels / r.threads));
-    const int64_t tile = std::max<int64_t>(64, TILE_BYTES / (4 * r.g * r.width));
-    std::atomic<int64_t> next{0};
-    auto work = [&] {
+    const int64_t tile = std::max<int64_t>(64, TILE_BYTES / (4 * r.g * r.width)), pieces = (panels + chunk - 1) / chunk;
+    share(pieces, r.threads, [&](auto& take) {
         std::vector<typename Kernel::Panel> mine;
         for (int64_t i = 0; i < chunk; ++i) mine.emplace_back(r);
-        for (int64_t first; (first = next.fetch_add(chunk)) < panels;) {
-            const int64_t count = std::min(chunk, panels - first);
+        for (int64_t piece; (piece = take()) < pieces;) {
+            const int64_t first = piece * chunk, count = std::min(chunk, panels - first);
             for (int64_t i = 0; i < count; ++i) kernel.load(mine[i], (first + i) * Kernel::ROWS);
             for (int64_t a = 0; a < r.n; a += tile)
                 for (int64_t i = 0; i < count; ++i) kernel.tile(mine[i], a, std::min(a + tile, r.n));
             for (int64_t i = 0; i < count; ++i) kernel.store(mine[i]);
         }
-    };
-    std::vector<std::thread> helpers;
-    for (int64_t t = 1; t < std::min<int64_t>(r.threads, (panels + chunk - 1) / chunk); ++t) helpers.emplace_back(work);
-    work();
-    for (std::thread& helper : helpers) helper.join();
+    });
+}
+
+// Samples of a piece, packed so that a coordinate of all of them is contiguous, and their routes to a few lists at a time.
+struct Guide {
+    static constexpr int64_t AHEAD = 4;  // lists
+
+    const Lists& lists;
+    int64_t rows;  // a multiple of LANES
+    Buffer<V> guide, route;  // (width, rows), (AHEAD, rows)
+
+    Guide(const Lists& lists, int64_t rows)
+        : lists(lists), rows(rows), guide(lists.width * rows / LANES), route(AHEAD * rows / LANES) {}
+
+    void load(int64_t first, int64_t count) {
+        float* to = reinterpret_cast<float*>(guide.data());
+        for (int64_t row = 0; row < rows; ++row) {
+            const float* from = lists.guide + (first + std::min(row, count - 1)) * lists.width;
+            for (int64_t q = 0; q < lists.width; ++q) to[q * rows + row] = from[q];
+        }
+    }
+
+    template <int N>
+    void to(int64_t c) {
+        const int64_t vectors = rows / LANES;
+        for (int64_t v = 0; v < vectors; ++v) {
+            V sum[N];
+            for (int j = 0; j < N; ++j) sum[j] = all(lists.bias[c + j]);
+            for (int64_t q = 0; q < lists.width; ++q)
+                for (int j = 0; j < N; ++j) sum[j] += guide[q * vectors + v] * lists.way[(c + j) * lists.width + q];
+            for (int j = 0; j < N; ++j) route[j * vectors + v] = sum[j];
+        }
+    }
+
+    const V* to_list(int64_t c) {
+        if (c % AHEAD == 0 && c + AHEAD <= lists.count) to<AHEAD>(c);
+        if (c >= lists.count / AHEAD * AHEAD) return to<1>(c), route.data();
+        return route.data() + c % AHEAD * rows / LANES;
+    }
+};
+
+// Every sample against the lists that it visits: list by list, panels are filled with the samples of a piece that do.
+void visit(const Plain<true>& kernel) {
+    constexpr int64_t ROWS = Plain<true>::ROWS;
+    const Request& r = kernel.request;
+    const int64_t wanted = std::min<int64_t>(VISITORS, (r.draws + r.threads - 1) / r.threads);
+    const int64_t piece_rows = (wanted + LANES - 1) / LANES * LANES, pieces = (r.draws + piece_rows - 1) / piece_rows;
+    share(pieces, r.threads, [&](auto& take) {
+        Plain<true>::Panel panel(r);
+        Best best(piece_rows, r.k);
+        Guide guide(r.lists, piece_rows);
+        Buffer<V> low(piece_rows / LANES), high(piece_rows / LANES);
+        float* limit = reinterpret_cast<float*>(low.data());
+        std::vector<int64_t> visitors(piece_rows + 1);
+        int64_t scored = 0;
+        for (int64_t piece; (piece = take()) < pieces;) {
+            const int64_t first = piece * piece_rows, rows = std::min(piece_rows, r.draws - first);
+            best.load(r, first, rows);
+            guide.load(first, rows);
+            std::fill(low.begin(), low.end(), all(FLT_MAX));
+            std::fill(high.begin(), high.end(), all(FLT_MAX));
+            for (int64_t i = 0; i < rows; ++i) limit[i] = r.lists.limit ? r.lists.limit[first + i] : best.last(i);
+            if (r.lists.ceiling) memcpy(high.data(), r.lists.ceiling + first, rows * sizeof(float));
+            for (int64_t c = 0; c < r.lists.count; ++c) {
+                const V* route = guide.to_list(c);
+                const int64_t start = r.lists.starts[c], end = r.lists.starts[c + 1];
+                int64_t count = 0;
+                for (int64_t v = 0; v < piece_rows / LANES; ++v)
+                    if (const Mask pass = (route[v] >= low[v]) & (route[v] < high[v]); any(pass))
+                        for (int lane = 0; lane < LANES; ++lane)
+                            visitors[count] = v * LANES + lane, count -= pass[lane];  // a lane that passes is -1
+                scored += count * (end - start);
+                for (int64_t from = 0; from < count; from += ROWS) {
+                    const int64_t filled = std::min(ROWS, count - from);
+                    for (int64_t row = 0; row < ROWS; ++row) {
+                        const int64_t who = visitors[from + std::min(row, filled - 1)];
+                        std::copy_n(&best.score[who * r.k], r.k, &panel.best.score[row * r.k]);
+                        std::copy_n(&best.index[who * r.k], r.k, &panel.best.index[row * r.k]);
+                        kernel.place(panel, row, first + who);
+                    }
+                    kernel.tile(panel, start, end);
+                    for (int64_t row = 0; row < filled; ++row) {
+                        const int64_t who = visitors[from + row];
+                        std::copy_n(&panel.best.score[row * r.k], r.k, &best.score[who * r.k]);
+                        std::copy_n(&panel.best.index[row * r.k], r.k, &best.index[who * r.k]);
+                        if (!r.lists.limit) limit[who] = best.last(who);
+                    }
+                }
+            }
+            best.store(r, first, rows);
+        }
+        *r.lists.scored += scored;
+    });
 }
 
 void search(const Request& request) {
+    if (request.lists.count) return visit(Plain<true>{request});
     switch (request.g) {
-        case 1: return sweep(Plain{request});
+        case 1: return sweep(Plain<false>{request});
         case 2: return sweep(Orbits<2>{request});
         case 4: return sweep(Orbits<4>{request});
         case 8: return sweep(Orbits<8>{request});

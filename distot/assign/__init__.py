@@ -13,7 +13,7 @@ from torch import Tensor
 from distot.errors import InputError
 from distot.orbit import Orbits
 
-NAMES = ("auto", "native", "triton", "dense", "faiss")
+NAMES = ("auto", "native", "lists", "triton", "dense", "faiss")
 
 
 @dataclass(frozen=True)
@@ -30,43 +30,66 @@ class Winners:
 
 
 class Assigner(Protocol):
-    """Finds winners among fixed atoms (n, d); heights change from call to call. Exact up to float32 rounding.
+    """Finds winners among fixed atoms (n, d); heights change from call to call.
 
     ``name`` says which implementation it is. A call costs 2 n (d + 1) flops for each sample; of an orbit those of math
-    (18), if the assigner knows orbits, else the same.
+    (18), if the assigner knows orbits, else the same. Exact up to float32 rounding unless a recall was asked for;
+    ``exact`` is the assigner itself, or one that is exact, as a certificate needs it.
     """
 
-    name: str
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def exact(self) -> Assigner: ...
 
     def __call__(self, x: Tensor | Orbits, heights: Tensor, k: int = 2) -> Winners:
         """x (B, d) float32, or orbits of B points; heights (n,) of any float type, 1 <= k <= n."""
         ...
 
 
-def build(name: str, atoms: Tensor) -> Assigner:
+def check(name: str, recall: float | None) -> None:
+    """Raises InputError for an unknown name, or a recall that makes no sense or does not go with it."""
+    if name not in NAMES:
+        raise InputError(f"unknown assigner {name!r}; choose one of {', '.join(NAMES)}")
+    if recall is None:
+        return
+    if name not in ("auto", "lists"):
+        raise InputError(f"assigner {name!r} is exact and takes no recall; leave recall out, or choose auto or lists")
+    if not 0 < recall < 1:
+        raise InputError(f"recall must lie between 0 and 1, or be None for an exact search; it is {recall}")
+
+
+def build(name: str, atoms: Tensor, recall: float | None = None) -> Assigner:
     """The assigner ``name`` over atoms (n, d) float32.
 
-    "native": our own kernels on the CPU. "triton": our own kernel on an NVIDIA GPU. "dense": tiled torch, any device.
-    "faiss": FAISS flat index on the CPU.
-    "auto": the fastest by bench/reports/assign.md, native on the CPU, dense on a GPU. Raises InputError for an unknown
-    name, or a CPU search of atoms on a GPU.
+    "native": our own kernels on the CPU. "lists": visits only those groups of atoms where the winner may be, exactly or
+    with the recall asked for, on the CPU. "triton": our own kernel on an NVIDIA GPU. "dense": tiled torch, any device.
+    "faiss": FAISS flat index on the CPU. "auto": the fastest by measurement. Raises InputError as ``check`` does, or
+    for a CPU search of atoms on a GPU.
     """
-    if name == "auto":
-        name = "native" if atoms.device.type == "cpu" else "dense"
-    if name == "native":
-        from distot.assign.native import Native
+    check(name, recall)
+    match name:
+        case "native":
+            from distot.assign.native import Native
 
-        return Native(atoms)
-    if name == "triton":
-        from distot.assign.triton import Triton
+            return Native(atoms)
+        case "lists":
+            from distot.assign.lists import Lists
 
-        return Triton(atoms)
-    if name == "dense":
-        from distot.assign.dense import Dense
+            return Lists(atoms, recall)
+        case "triton":
+            from distot.assign.triton import Triton
 
-        return Dense(atoms)
-    if name == "faiss":
-        from distot.assign.faiss import Faiss
+            return Triton(atoms)
+        case "dense":
+            from distot.assign.dense import Dense
 
-        return Faiss(atoms)
-    raise InputError(f"unknown assigner {name!r}; choose one of {', '.join(NAMES)}")
+            return Dense(atoms)
+        case "faiss":
+            from distot.assign.faiss import Faiss
+
+            return Faiss(atoms)
+    from distot.assign.auto import Auto
+
+    return Auto(atoms, recall)

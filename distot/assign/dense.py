@@ -27,6 +27,10 @@ class Dense:
         self.rows = TILE_ROWS_CUDA if on_gpu else TILE_ROWS
         self.width = TILE_ATOMS_CUDA if on_gpu else TILE_ATOMS
 
+    @property
+    def exact(self) -> Dense:
+        return self
+
     def __call__(self, x: Tensor | Orbits, heights: Tensor, k: int = 2) -> Winners:
         x = points(x)
         h = heights.to(dtype=torch.float32, device=x.device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -33,6 +35,10 @@ class Faiss:
         self.codes = torch.from_numpy(faiss.rev_swig_ptr(self.index.get_xb(), n * (d + 1)).reshape(n, d + 1))
         self.dense = Dense(self.codes[:, :d])
 
+    @property
+    def exact(self) -> Faiss:
+        return self
+
     def __call__(self, x: Tensor | Orbits, heights: Tensor, k: int = 2) -> Winners:
         n, x = len(self.codes), points(x)
         self.codes[:, -1] = heights
@@ -62,3 +68,26 @@ def kmeans(rows: NDArray[np.float32], clusters: int, iterations: int, seed: int)
     training.train(rows)
     found: NDArray[np.int64] = training.index.search(rows, 1)[1][:, 0]
     return found
+
+
+def split(
+    rows: NDArray[np.float32],
+    node: NDArray[np.int64],
+    width: int,
+    iterations: int,
+    seed: int,
+    poll: Callable[[], None],
+) -> NDArray[np.int64]:
+    """The node of each row among about ``width`` finer ones: every node has children in proportion to its rows.
+
+    No node is empty. ``poll`` is called between nodes and may raise to stop.
+    """
+    ends = np.bincount(node).cumsum()
+    children = np.diff(np.rint(ends * (width / len(rows))), prepend=0).clip(1).astype(int)
+    out, first = np.empty_like(node), 0
+    for members, k in zip(np.split(node.argsort(kind="stable"), ends[:-1]), children, strict=True):
+        poll()
+        child = np.unique(kmeans(rows[members], int(k), iterations, seed), return_inverse=True)[1]
+        out[members] = first + child
+        first += int(child.max()) + 1
+    return out

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,8 @@ from distot._native import available, search
 from distot.assign import Winners
 from distot.errors import InputError
 from distot.orbit import Orbits, points
+
+TURNED_BYTES = 256 << 20  # for atoms as an orbit's blocks see them; kept if all of them fit, else made block by block
 
 
 class Native:
@@ -22,17 +26,33 @@ class Native:
         self.isa = isa or available()[0]
         self.atoms = atoms.contiguous()
         self._basis: Tensor | None = None
-        self._turned = self.atoms[:, None]  # (n, g, w): the atoms as the blocks of that basis see them
+        self._turned = self.atoms[:, None]  # (n, g, w), if there is a basis
+
+    @property
+    def exact(self) -> Native:
+        return self
 
     def __call__(self, x: Tensor | Orbits, heights: Tensor, k: int = 2) -> Winners:
         if isinstance(x, Orbits) and x.z.shape[1] > 1:
-            if self._basis is not x.basis:
-                self._turned = torch.einsum("nd,gwd->ngw", self.atoms, x.basis).contiguous()
-                self._basis = x.basis
-            draws, atoms = x.z, self._turned
+            draws, pieces = x.z, self._turn(x.basis, k)
         else:
-            draws, atoms = points(x).contiguous()[:, None], self.atoms[:, None]
-        index = torch.empty(len(x), k, dtype=torch.int64)
-        score = torch.empty(len(x), k)
-        search(draws, atoms, heights.float().contiguous(), torch.get_num_threads(), self.isa, index, score)
-        return Winners(index, score)
+            draws, pieces = points(x).contiguous()[:, None], iter([self.atoms[:, None]])
+        h, first = heights.float().contiguous(), 0
+        near = Winners(torch.empty(len(x), k, dtype=torch.int64), torch.empty(len(x), k))
+        for atoms in pieces:
+            own, threads = h[first : first + len(atoms)], torch.get_num_threads()
+            search(draws, atoms, own, threads, self.isa, near.index, near.score, first, more=first > 0)
+            first += len(atoms)
+        return near
+
+    def _turn(self, basis: Tensor, k: int) -> Iterator[Tensor]:
+        """The atoms as the blocks of a basis (g, w, d) see them, (n, g, w), in pieces of at least k."""
+        if self._basis is basis:
+            yield self._turned
+            return
+        rows = max(k, TURNED_BYTES // (4 * basis.shape[0] * basis.shape[1]))
+        for first in range(0, len(self.atoms), rows):
+            turned = torch.einsum("nd,gwd->ngw", self.atoms[first : first + rows], basis).contiguous()
+            if len(turned) == len(self.atoms):
+                self._basis, self._turned = basis, turned
+            yield turned

@@ -115,6 +115,10 @@ class Triton:
             )
         self.atoms, self.splits, self.dense = atoms.contiguous(), splits, Dense(atoms)
 
+    @property
+    def exact(self) -> Triton:
+        return self
+
     def __call__(self, x: Tensor | Orbits, heights: Tensor, k: int = 2) -> Winners:
         n, d = self.atoms.shape
         if k > 2 or n < 2 or not len(x):
