@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from distot import assign, optim, schedule
@@ -18,6 +19,7 @@ from distot.problem import Problem
 from distot.source import Stream
 
 LIFT_EVERY = 2  # steps between two looks for starving atoms
+LIFT_SAMPLES = 0.2  # an atom, to see how far the starving ones have to rise
 
 
 def advance(
@@ -38,6 +40,7 @@ def advance(
     """
     n, orbit = problem.target.n, problem.orbit
     tally: Tally | None = None
+    searched: list[tuple[Tensor | Orbits, Tensor]] = []
     k, temperature = (2, state.smoothing) if soft is None else (soft.top_k, soft.epsilon)
     for x in problem.batch(stream, step, schedule.batch(n, orbit.work, state.time)):
         poll()
@@ -46,22 +49,31 @@ def advance(
             each(x, near)
         counted = optim.count(near, temperature, n)
         tally = counted if tally is None else tally + counted
+        searched.append((x, near.score[:, 0]))
     assert tally is not None
     work = round(tally.pairs.shape[1] * orbit.work)
     epsilon = 0.0 if soft is None else soft.epsilon
     state = optim.update(state, tally, schedule.first_batch(n, orbit.work), mass, work, epsilon)
     if soft is None and state.step % LIFT_EVERY == 0 and len(hungry := optim.starving(state, mass)):
-        state = lift(problem, state, hungry, points(x), near.score[:, 0])
+        state = lift(problem, state, hungry, searched)
     return state
 
 
-def lift(problem: Problem, state: State, hungry: Tensor, x: Tensor, potential: Tensor) -> State:
-    """Brings starving atoms half the way to the height at which each would win one of the samples x (B, d); math 5 c.
+def lift(problem: Problem, state: State, hungry: Tensor, searched: list[tuple[Tensor | Orbits, Tensor]]) -> State:
+    """Brings starving atoms half the way to the height at which each would win one of B samples; math 5 c.
 
-    potential: u_h(x) (B,), known from the search of the step. Half the way, again and again, does not pass
-    the height of one win in B, which is too much where B < n.
+    searched: portions of samples with u_h (B,), known from the search of the step; of them LIFT_SAMPLES an atom. Half
+    the way, again and again, does not pass the height of one win in B, which is too much where B < n.
     """
-    reach = assign.build("dense", x)(problem.target.atoms[hungry], -potential, k=1).score[:, 0].double()
+    atoms, left = problem.target.atoms[hungry], max(1, round(LIFT_SAMPLES * problem.target.n))
+    reach = torch.full((len(hungry),), -torch.inf, dtype=torch.float64, device=atoms.device)
+    work = 0
+    for x, potential in searched:
+        some = points(x)[:left]
+        found = assign.build("dense", some)(atoms, -potential[: len(some)], k=1).score[:, 0]
+        reach = torch.maximum(reach, found.double())
+        work += round(len(some) * len(hungry) / problem.target.n)
+        if not (left := left - len(some)):
+            break
     heights = state.heights.index_add(0, hungry, 0.5 * (-reach - state.heights[hungry]).clamp_min(0))
-    work = round(len(x) * len(hungry) / problem.target.n)
     return optim.lifted(state, heights, work)

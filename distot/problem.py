@@ -16,6 +16,9 @@ from distot.power import Array, Frame
 from distot.source import BLOCK, Key, Source, Stream, as_source
 from distot.target import Rows, Target, build_target, check_rows
 
+SEARCH_FLOPS = 5e10  # of a portion of samples, so that a signal need not wait for long
+SEARCH_NUMBERS = 1 << 21  # in a portion
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -40,7 +43,7 @@ class Problem:
         return (see(place(axes)) - see(place(torch.zeros_like(axes)))).to(self.target.atoms.device)
 
     def batch(self, stream: Stream, step: int, samples: int) -> Iterator[Tensor | Orbits]:
-        """At least ``samples`` samples of one step, whole orbits, by blocks of at most BLOCK, float32 in the frame.
+        """At least ``samples`` samples of one step, whole orbits, float32 in the frame, in portions for a search each.
 
         Each has the law of the source, but those of an orbit depend on each other. For CHECK and CERTIFY, where pairs
         of orbits are compared, orbits come in parts with axes of their own.
@@ -49,15 +52,23 @@ class Problem:
         draws = -(-samples // size)
         parts = self.orbit.parts(draws) if stream in (Stream.CHECK, Stream.CERTIFY) else 1
         block = min(BLOCK // size, -(-draws // parts))
-        blocks, basis, part = -(-draws // block), self.basis, 0
-        for number, (key, count) in enumerate(self.keys(stream, step, draws, block)):
-            z = self.source.centred(key, count)
-            if basis is None:
-                yield self.frame.source_in(self.source.place(z)).to(self.target.atoms.device)
-                continue
-            if part != (part := number * parts // blocks):
-                basis = self.turned(part)
-            yield self.orbit.of(z, basis)
+        blocks = list(self.keys(stream, step, draws, block))
+        width = self._portion(block * size)
+        of_part = [number * parts // len(blocks) for number in range(len(blocks))]
+        for part in range(parts):
+            basis = self.basis if part == 0 else self.turned(part)
+            own = [entry for entry, its in zip(blocks, of_part, strict=True) if its == part]
+            for first in range(0, len(own), width):
+                z = torch.cat([self.source.centred(key, count) for key, count in own[first : first + width]])
+                if basis is None:
+                    yield self.frame.source_in(self.source.place(z)).to(self.target.atoms.device)
+                else:
+                    yield self.orbit.of(z, basis)
+
+    def _portion(self, block: int) -> int:
+        """How many blocks of so many samples go to a search: a second's work, but no more than memory likes."""
+        n, d = self.target.n, self.target.dim
+        return max(1, int(min(SEARCH_FLOPS / (2 * n * d), SEARCH_NUMBERS / d)) // block)
 
 
 def build_problem(

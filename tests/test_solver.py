@@ -340,7 +340,7 @@ class TestParts:
         state, hungry = optim.begin(heights, 0), torch.tensor([7])
         for _ in range(30):
             near = search(x, state.heights, 2)
-            state = descent.lift(problem, state, hungry, x, near.score[:, 0])
+            state = descent.lift(problem, state, hungry, [(x, near.score[:, 0])])
         heights = state.heights
         assert state.samples == 30 * 20
         assert search(x, heights + 1e-3 * (torch.arange(50) == 7), 1).index.eq(7).sum() >= 1

@@ -1,0 +1,90 @@
+"""The fastest search for the problem at hand, by measurement: candidates are timed on the very samples of the calls."""
+
+from __future__ import annotations
+
+import time
+from importlib.util import find_spec
+
+from torch import Tensor
+
+from distot.assign import Assigner, Winners
+from distot.orbit import Orbits
+
+LEAST = 4096  # atoms, from which lists may be worth their while
+SLICES = (1024, 16_384)  # samples to time; the second number only where the first does not tell
+CLEAR = 2.0  # times as fast: tells
+BETTER = 1.1  # times as fast as the plain choice, to be preferred to it
+
+
+class Auto:
+    """On the CPU ``native`` or ``lists``, on a GPU ``dense`` or ``triton``. ``recall``: as for ``Lists``.
+
+    The choice is looked at again in calls 1, 2, 4, ..., as heights change; a rival that is clearly slower is dropped.
+    ``name`` is that of the choice, ``why`` says what was measured.
+    """
+
+    def __init__(self, atoms: Tensor, recall: float | None = None) -> None:
+        self.rival: Assigner | None = None
+        if atoms.device.type == "cpu":
+            from distot.assign.native import Native
+
+            self.plain: Assigner = (native := Native(atoms))
+            if len(atoms) >= LEAST:
+                from distot.assign.lists import Lists
+
+                self.rival = Lists(atoms, recall, native)
+        else:
+            from distot.assign.dense import Dense
+
+            self.plain = Dense(atoms)
+            if find_spec("triton"):
+                from distot.assign.triton import Triton
+
+                self.rival = Triton(atoms)
+        self.choice: Assigner = self.plain
+        self.recall, self.calls = recall, 0
+        self.why = "nothing else to choose" if self.rival is None else "nothing measured yet"
+
+    @property
+    def name(self) -> str:
+        return self.choice.name
+
+    @property
+    def exact(self) -> Assigner:
+        return self if self.recall is None else self.plain
+
+    def __call__(self, x: Tensor | Orbits, heights: Tensor, k: int = 2) -> Winners:
+        self.calls += 1
+        if self.rival is None or self.calls & (self.calls - 1):
+            return self.choice(x, heights, k)
+        near = self.rival(x, heights, k) if self.calls == 1 else None  # lists learn from their first call
+        self._measure(self.rival, x, heights, k)
+        return self.choice(x, heights, k) if near is None else near
+
+    def _measure(self, rival: Assigner, x: Tensor | Orbits, heights: Tensor, k: int) -> None:
+        for size in SLICES:
+            some = _first(x, size)
+            plain, other = (_seconds(search, some, heights, k) for search in (self.plain, rival))
+            if not 1 / CLEAR < plain / other < CLEAR:
+                break
+        self.choice = rival if plain > BETTER * other else self.plain
+        self.why = f"{rival.name} took {other / plain:.2f} of the time of {self.plain.name} for {len(some):,} samples"
+        if other > CLEAR * plain:
+            self.rival = None
+
+
+def _first(x: Tensor | Orbits, samples: int) -> Tensor | Orbits:
+    """At least so many samples of x, whole orbits, or all."""
+    if isinstance(x, Orbits):
+        return Orbits(x.z[: -(-samples // (2 * x.z.shape[1]))], x.basis)
+    return x[:samples]
+
+
+def _seconds(search: Assigner, x: Tensor | Orbits, heights: Tensor, k: int) -> float:
+    """The better of two calls, to the arrival of the last score."""
+    times = []
+    for _ in range(2):
+        began = time.perf_counter()
+        search(x, heights, k).score[-1, -1].item()
+        times.append(time.perf_counter() - began)
+    return min(times)
