@@ -184,7 +184,8 @@ class Timed:
     """An assigner that adds up its time."""
 
     def __init__(self, search: Assigner) -> None:
-        self.search, self.name, self.exact, self.seconds = search, search.name, search.exact, 0.0
+        self.search, self.name, self.why, self.exact = search, search.name, search.why, search.exact
+        self.seconds = 0.0
 
     def __call__(self, x: torch.Tensor | Orbits, heights: torch.Tensor, k: int = 2) -> Winners:
         began = time.perf_counter()

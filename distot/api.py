@@ -19,13 +19,13 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from distot import assign, optim, solver, start
+from distot import assign, descent, optim, solver, start
 from distot.assign import Assigner
 from distot.certify import Certificate
 from distot.errors import DistotWarning, InputError, StoreError
 from distot.problem import Problem, build_problem
 from distot.progress import listener
-from distot.schedule import Options, StopRule, batch
+from distot.schedule import Options, StopRule
 from distot.solution import Interrupted, Solution, describe
 from distot.solver import Progress
 from distot.source import Source, from_spec
@@ -51,6 +51,7 @@ def solve(
     init: Solution | ArrayLike | str | Path | None = None,
     epsilon: float | None = None,
     top_k: int = 32,
+    recall: float | None = None,
     checkpoint_seconds: float = 60.0,
     certificate_samples: int | None = None,
     progress: bool | None = None,
@@ -69,6 +70,8 @@ def solve(
         ones and moved ones get their height from the nearest old one.
     epsilon: solves the entropic problem at this temperature, in units of cost, instead of the plain one; a sample is
         shared by its ``top_k`` best latents, and ``certificate.truncation`` says what share that leaves out.
+    assigner, recall: how winners are found, see ``distot.assign.build``; with a recall, say 0.97, "auto" or "lists" may
+        miss some where that is faster, until late in the run. Certificates are exact always.
     run: a new run folder for checkpoints and the log, from which ``resume`` and ``load`` go on.
     progress: show it on the terminal; None means if stderr is one. on_event: gets every event as a dict.
 
@@ -82,6 +85,7 @@ def solve(
         seed,
         device,
         assigner,
+        recall,
         checkpoint_seconds,
         certificate_samples,
         epsilon,
@@ -95,7 +99,7 @@ def solve(
         source = open_latents(source)[:]
     problem = _problem(rows, source, given, options)
     warm = None if init is None else _init(init, problem, assigner)
-    case = Case(problem, assign.build(assigner, problem.target.atoms), options, rows, given, warm)
+    case = Case(problem, assign.build(assigner, problem.target.atoms, recall), options, rows, given, warm)
     if run is None:
         return _drive(case, None, (), progress, on_event)
     config, arrays = describe(problem, options, _reference(rows, Path(run)), given)
@@ -141,7 +145,7 @@ def resume(
         rule = StopRule(problem.target.n, options.until_chi2, work)
         if until_chi2 is not None and found.history:
             found = replace(found, next_check=rule.next(found.history))
-        spent = found.state.samples + work * batch(problem.target.n, work, found.state.time)
+        spent = found.state.samples + descent.most_work(problem, found.state)
         if options.max_samples is not None and options.max_samples < spent:
             done = f"has spent its {options.max_samples:,} samples; give a larger --max-samples to go on"
         elif found.reason == "until_chi2" and until_chi2 is None:
@@ -360,7 +364,9 @@ def _open(
     if problem.target.fingerprint != config["fingerprint"]:
         raise InputError(f"{run} was solved for other latents (their fingerprint differs); give it its own (--latents)")
     init = folder.array("init") if config["init"] else None
-    case = Case(problem, assign.build(options.assigner, problem.target.atoms), options, rows, mass, init, folder)
+    case = Case(
+        problem, assign.build(options.assigner, problem.target.atoms, options.recall), options, rows, mass, init, folder
+    )
     checkpoint = folder.load_checkpoint()
     if checkpoint is None:
         return case, (), None

@@ -107,8 +107,8 @@ def certify(
 ) -> Certificate:
     """Certificate of heights (n,) in the frame, from samples of the CERTIFY stream, which nothing else uses.
 
-    ``step`` names an independent set of samples. The assigner must be exact: an inexact search overstates (9); so
-    would a log-sum-exp over k winners alone, which is why that of a soft certificate runs over all atoms.
+    ``step`` names an independent set of samples. The search is exact: an inexact one overstates (9); so would a
+    log-sum-exp over k winners alone, which is why that of a soft certificate runs over all atoms.
     """
     target, frame, size = problem.target, problem.frame, problem.orbit.size
     device = heights.device
@@ -131,7 +131,7 @@ def certify(
             left.add(1 - ((near.score.double() - best[:, None]) / soft.epsilon).exp().sum(1))
 
     wanted = default_samples(target.n) if samples is None else samples
-    masses = cell_masses(problem, assigner, heights, soft, wanted, Stream.CERTIFY, step, poll, each)
+    masses = cell_masses(problem, assigner.exact, heights, soft, wanted, Stream.CERTIFY, step, poll, each)
     chi2, m = masses.chi2(target.mass), size * bound.count
     w2, w2_error = 2 * (bound.mean + wanted_weight - epsilon * entropy), 2 * bound.error
     return Certificate(

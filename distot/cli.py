@@ -162,7 +162,10 @@ def solve(
     max_seconds: Seconds = None,
     seed: Annotated[int, typer.Option(help="The answer is a function of the seed.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    assigner: Annotated[str, typer.Option(help="auto, dense or faiss.")] = "auto",
+    assigner: Annotated[str, typer.Option(help="auto, native, lists, triton, dense or faiss.")] = "auto",
+    recall: Annotated[
+        float | None, typer.Option(help="Share of winners to be content with, say 0.97, where that is faster.")
+    ] = None,
     init: Annotated[
         Path | None, typer.Option(metavar="RUN.zarr", help="Start from the heights of this run; latents may differ.")
     ] = None,
@@ -191,6 +194,7 @@ def solve(
         seed=seed,
         device=device,
         assigner=assigner,
+        recall=recall,
         init=init,
         epsilon=epsilon,
         top_k=top_k,

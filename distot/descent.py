@@ -19,6 +19,7 @@ from distot.problem import Problem
 from distot.source import Stream
 
 LIFT_EVERY = 2  # steps between two looks for starving atoms
+LIFT_WORK = 0.25  # of the step's work may go into it
 LIFT_SAMPLES = 0.2  # an atom, to see how far the starving ones have to rise
 
 
@@ -55,25 +56,33 @@ def advance(
     epsilon = 0.0 if soft is None else soft.epsilon
     state = optim.update(state, tally, schedule.first_batch(n, orbit.work), mass, work, epsilon)
     if soft is None and state.step % LIFT_EVERY == 0 and len(hungry := optim.starving(state, mass)):
-        state = lift(problem, state, hungry, searched)
+        state = lift(problem, state, hungry, searched, LIFT_WORK * work)
     return state
 
 
-def lift(problem: Problem, state: State, hungry: Tensor, searched: list[tuple[Tensor | Orbits, Tensor]]) -> State:
+def most_work(problem: Problem, state: State) -> float:
+    """What the next step costs at most, in plain samples."""
+    n, work = problem.target.n, problem.orbit.work
+    return schedule.batch(n, work, state.time) * work * (1 + LIFT_WORK) + 1
+
+
+def lift(
+    problem: Problem, state: State, hungry: Tensor, searched: list[tuple[Tensor | Orbits, Tensor]], work: float
+) -> State:
     """Brings starving atoms half the way to the height at which each would win one of B samples; math 5 c.
 
-    searched: portions of samples with u_h (B,), known from the search of the step; of them LIFT_SAMPLES an atom. Half
-    the way, again and again, does not pass the height of one win in B, which is too much where B < n.
+    searched: portions of samples with u_h (B,), known from the search of the step; of them LIFT_SAMPLES an atom, or as
+    many as cost ``work`` plain samples. Half the way, again and again, does not pass the height of one win in B, which
+    is too much where B < n.
     """
-    atoms, left = problem.target.atoms[hungry], max(1, round(LIFT_SAMPLES * problem.target.n))
+    n, atoms = problem.target.n, problem.target.atoms[hungry]
+    left = samples = max(1, int(min(LIFT_SAMPLES * n, work * n / len(hungry))))
     reach = torch.full((len(hungry),), -torch.inf, dtype=torch.float64, device=atoms.device)
-    work = 0
     for x, potential in searched:
         some = points(x)[:left]
-        found = assign.build("dense", some)(atoms, -potential[: len(some)], k=1).score[:, 0]
+        found = assign.plain(some)(atoms, -potential[: len(some)], k=1).score[:, 0]
         reach = torch.maximum(reach, found.double())
-        work += round(len(some) * len(hungry) / problem.target.n)
         if not (left := left - len(some)):
             break
     heights = state.heights.index_add(0, hungry, 0.5 * (-reach - state.heights[hungry]).clamp_min(0))
-    return optim.lifted(state, heights, work)
+    return optim.lifted(state, heights, round((samples - left) * len(hungry) / n))

@@ -51,7 +51,7 @@ class Display:
         self.bar = Progress(*columns, console=console, transient=True)
         self.task = self.bar.add_task("reading", total=None, state="")
         self.chi2 = ""
-        self.atoms = 1
+        self.atoms, self.assigner = 1, ""
 
     def __enter__(self) -> Display:
         self.bar.start()
@@ -69,12 +69,17 @@ class Display:
         self.bar.console.print(text, soft_wrap=True)
 
     def on_begin(self, e: Event) -> None:
-        self.atoms = e["atoms"]
+        self.atoms, self.assigner = e["atoms"], e["assigner"]
         self.say(
             f"{e['latents']:,} latents of dimension {e['dim']}, source {e['source']}; "
             f"search by {e['assigner']} on {e['device']}"
         )
         self.bar.update(self.task, description="start")
+
+    def on_assigner(self, e: Event) -> None:
+        if self.assigner != (changed := e["assigner"]):
+            self.assigner = changed
+            self.say(f"search by {changed}: {e['why']}")
 
     def on_resume(self, e: Event) -> None:
         self.on_begin(e)

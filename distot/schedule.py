@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from distot import assign
 from distot.errors import InputError
 from distot.masses import LEVEL, Estimate, upper
 
@@ -30,6 +31,7 @@ class Options:
     seed: int = 0
     device: str = "auto"
     assigner: str = "auto"
+    recall: float | None = None  # share of winners that the search may be content with until late; None: exact
     checkpoint_seconds: float = 60.0  # interval between checkpoints of a run folder
     certificate_samples: int | None = None  # None: see certify.default_samples
     epsilon: float | None = None  # temperature of the entropic problem, in units of the cost ½|x - y|²; None: plain OT
@@ -42,6 +44,7 @@ class Options:
                 raise InputError(f"{name} must be positive, or None; it is {value}")
         if not (np.isfinite(self.checkpoint_seconds) and self.checkpoint_seconds >= 0):
             raise InputError(f"checkpoint_seconds must be 0 or more, it is {self.checkpoint_seconds}")
+        assign.check(self.assigner, self.recall)
         if self.top_k < 2:
             raise InputError(f"top_k must be at least 2, it is {self.top_k}")
         if self.certificate_samples == 1:

@@ -26,6 +26,7 @@ from distot.watch import Stop, Watch
 
 SCALARS = ("damping", "floor", "error", "step", "time", "samples")
 ARRAYS = ("heights", "average", "margin_sum", "margin_count", "pairs")
+LATE = 2.0  # chi2 over the share of winners that the search may miss, from which on steps are exact
 RESERVE = 0.2  # at most this share of max_seconds is kept for the certificate
 
 
@@ -100,9 +101,12 @@ def iterate(problem: Problem, assigner: Assigner, options: Options, watch: Watch
     mass = torch.as_tensor(problem.target.mass, device=device)
     rule, soft = StopRule(n, options.until_chi2, work), entropic_part(problem, options)
     limit = float("inf") if options.max_samples is None else options.max_samples
+    told = assigner.why
     try:
         while True:
             state = progress.state
+            if told != (told := assigner.why):
+                watch.tell("assigner", assigner=assigner.name, why=told)
             reserve = certificate_seconds(options, n, watch.seconds_per_sample)
             poll = partial(watch.poll, reserve)
             size = rule.size(state.samples, progress.history)
@@ -113,11 +117,11 @@ def iterate(problem: Problem, assigner: Assigner, options: Options, watch: Watch
                 if rule.done(progress.history):
                     return replace(progress, reason="until_chi2")
                 continue
-            size = schedule.batch(n, work, state.time)
-            if state.samples + size * work > limit:
+            if state.samples + descent.most_work(problem, state) > limit:
                 return replace(progress, reason="max_samples")
-            with watch.timed(size):
-                state = descent.advance(problem, assigner, state, mass, Stream.STEP, state.step, poll, soft)
+            with watch.timed(schedule.batch(n, work, state.time)):
+                search = assigner.exact if late(options, progress.history) else assigner
+                state = descent.advance(problem, search, state, mass, Stream.STEP, state.step, poll, soft)
             progress = replace(progress, state=state)
             watch.tell(
                 "step",
@@ -133,6 +137,14 @@ def iterate(problem: Problem, assigner: Assigner, options: Options, watch: Watch
         return replace(progress, reason=stop.reason)
 
 
+def late(options: Options, history: tuple[Check, ...]) -> bool:
+    """Whether missed winners could be most of what chi2 is now, so that steps must be exact from here on.
+
+    Winners missed with probability q in all add at most q to chi2, if they are those of a few atoms always.
+    """
+    return options.recall is not None and bool(history) and history[-1].chi2 < LATE * (1 - options.recall)
+
+
 def look(
     problem: Problem,
     assigner: Assigner,
@@ -144,7 +156,7 @@ def look(
 ) -> Progress:
     """Estimates chi2 of the average on ``size`` fresh samples and adds it to the history."""
     state, history = progress.state, progress.history
-    masses = cell_masses(problem, assigner, state.average, soft, size, Stream.CHECK, len(history), poll)
+    masses = cell_masses(problem, assigner.exact, state.average, soft, size, Stream.CHECK, len(history), poll)
     spent = round(float(masses.total.sum()) * problem.orbit.work)
     history += (rule.judge(masses.chi2(problem.target.mass), state.samples, spent, state.step, history),)
     state = replace(state, samples=state.samples + spent)

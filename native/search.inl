@@ -412,6 +412,7 @@ void visit(const Plain<true>& kernel) {
 }
 
 void search(const Request& request) {
+    if (request.draws == 0) return;
     if (request.lists.count) return visit(Plain<true>{request});
     switch (request.g) {
         case 1: return sweep(Plain<false>{request});

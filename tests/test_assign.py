@@ -8,7 +8,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from distot._native import available
 from distot.assign import NAMES, Assigner, Winners, build
+from distot.assign.auto import Auto
+from distot.assign.lists import Lists
 from distot.assign.native import Native
 from distot.errors import InputError
 from distot.orbit import Orbit, Symmetry
@@ -168,15 +171,119 @@ class TestTriton(Contract):
         return Triton(atoms, splits=2)
 
 
+class TestLists(Contract):
+    """After a first call, which is exhaustive; with other heights, which the bounds must follow."""
+
+    name = "lists"
+
+    def make(self, atoms: Tensor) -> Assigner:
+        search = build("lists", atoms)
+        search(torch.randn(64, atoms.shape[1], generator=torch.Generator().manual_seed(1)), torch.zeros(len(atoms)), 1)
+        return search
+
+    @pytest.mark.parametrize("isa", available())
+    @pytest.mark.parametrize("d", [1, 2, 4])
+    def test_leaves_most_atoms_out_and_finds_the_same_winners(self, d: int, isa: str) -> None:
+        """Heights of the Gaussian map to a wider cloud: a few percent of the atoms are scored, bit for bit the same."""
+        generator = torch.Generator().manual_seed(d)
+        atoms = 2 * torch.randn(20_000, d, generator=generator)
+        heights = -0.25 * atoms.double().square().sum(1)
+        native = Native(atoms, isa)
+        lists = Lists(atoms, exact=native)
+        for samples in (2000, 5000):
+            before, x = lists.scored, torch.randn(samples, d, generator=generator)
+            found, truth = lists(x, heights, 2), native(x, heights, 2)
+            assert torch.equal(found.index, truth.index)
+            assert torch.equal(found.score, truth.score)
+        assert lists.scored - before < {1: 0.02, 2: 0.1, 4: 0.35}[d] * samples
+
+    def test_a_far_atom_and_moving_heights_do_not_deceive_the_bounds(self) -> None:
+        generator = torch.Generator().manual_seed(3)
+        atoms = torch.randn(3000, 3, generator=generator)
+        atoms[17] *= 1e6
+        heights = -0.5 * atoms.double().square().sum(1)
+        lists, native = Lists(atoms), Native(atoms)
+        for _ in range(6):
+            x = torch.randn(500, 3, generator=generator)
+            found, truth = lists(x, heights, 3), native(x, heights, 3)
+            assert torch.equal(found.index, truth.index)
+            heights += 3 * torch.randn(3000, generator=generator).double()
+
+    def test_recall_is_what_was_asked_for(self) -> None:
+        """Clusters in 24 dimensions: most winners are found among a part of the atoms, as many as promised."""
+        generator = torch.Generator().manual_seed(4)
+        centres = 4 * torch.randn(60, 24, generator=generator)
+        atoms = centres[torch.randint(60, (20_000,), generator=generator)] + torch.randn(
+            20_000, 24, generator=generator
+        )
+        heights = -2 * atoms.double().square().sum(1) ** 0.5
+        lists, native = Lists(atoms, recall=0.9), Native(atoms)
+        assert lists.found is None
+        assert lists.exact.name == "native"
+        for _ in range(3):
+            x, before = torch.randn(20_000, 24, generator=generator), lists.scored
+            found, truth = lists(x, heights, 2), native(x, heights, 2)
+        share = (lists.scored - before) / len(x)
+        recall = float((found.index[:, 0] == truth.index[:, 0]).double().mean())
+        assert share < 0.6
+        assert recall == pytest.approx(lists.found, abs=0.03)
+        assert 0.88 < recall < 0.96
+        right = found.index == truth.index
+        assert torch.equal(found.score[right], truth.score[right])
+
+    def test_fewer_visited_than_wanted_are_searched_again(self) -> None:
+        atoms = torch.randn(300, 2, generator=torch.Generator().manual_seed(5))
+        lists, native = Lists(atoms, recall=0.5), Native(atoms)
+        x, heights = torch.randn(2000, 2, generator=torch.Generator().manual_seed(6)), -0.5 * atoms.square().sum(1)
+        lists(x, heights, 2)
+        found = lists(x, heights, 200)
+        assert found.index.max() < 300
+        assert torch.equal(found.index, native(x, heights, 200).index)
+
+
 class TestAuto(Contract):
     name = "auto"
 
-    def test_takes_the_fastest(self) -> None:
-        assert self.make(torch.zeros(40, 2)).name == "native"
+    def test_a_small_problem_has_one_candidate(self) -> None:
+        search = Auto(torch.zeros(40, 2))
+        assert (search.name, search.why) == ("native", "nothing else to choose")
+
+    def test_takes_lists_where_they_are_faster(self) -> None:
+        """In one dimension a sample needs a hundredth of the atoms; in 64 it needs nearly all."""
+        for d, name in ((1, "lists"), (64, "native")):
+            atoms = torch.randn(200_000 if d == 1 else 6000, d, generator=torch.Generator().manual_seed(0))
+            search, heights = Auto(atoms), -0.5 * atoms.square().sum(1)
+            x = torch.randn(4000, d, generator=torch.Generator().manual_seed(1))
+            truth = Native(atoms)(x, heights, 2)
+            for _ in range(3):
+                assert torch.equal(search(x, heights, 2).index, truth.index)
+            assert search.name == name
+            assert "of the time of native" in search.why
+
+    def test_only_with_a_recall_may_it_miss(self) -> None:
+        atoms = torch.randn(5000, 8)
+        assert build("auto", atoms).exact.name == "native"
+        approximate = build("auto", atoms, recall=0.9)
+        assert approximate.exact is not approximate
+
+
+@pytest.mark.parametrize(
+    ("name", "recall", "message"),
+    [
+        ("native", 0.9, "assigner 'native' is exact and takes no recall"),
+        ("lists", 1.5, "recall must lie between 0 and 1, or be None for an exact search; it is 1.5"),
+        ("auto", 0.0, "recall must lie between 0 and 1"),
+    ],
+)
+def test_recall_that_makes_no_sense(name: str, recall: float, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        build(name, torch.zeros(3, 2), recall)
 
 
 def test_unknown_name() -> None:
-    with pytest.raises(InputError, match="unknown assigner 'nope'; choose one of auto, native, triton, dense, faiss"):
+    with pytest.raises(
+        InputError, match="unknown assigner 'nope'; choose one of auto, native, lists, triton, dense, faiss"
+    ):
         build("nope", torch.zeros(3, 2))
 
 

@@ -334,17 +334,18 @@ class TestParts:
     def test_lift_brings_a_starving_atom_back(self) -> None:
         problem = build_problem(RNG.standard_normal((50, 3)))
         search = assign.build("dense", problem.target.atoms)
-        x = torch.randn(1000, 3, generator=torch.Generator().manual_seed(0))
+        x = torch.randn(10, 3, generator=torch.Generator().manual_seed(0))
         heights = torch.zeros(50, dtype=torch.float64)
         heights[7] = -1000.0
         state, hungry = optim.begin(heights, 0), torch.tensor([7])
         for _ in range(30):
             near = search(x, state.heights, 2)
-            state = descent.lift(problem, state, hungry, [(x, near.score[:, 0])])
+            state = descent.lift(problem, state, hungry, [(x, near.score[:, 0])], 10.0)
         heights = state.heights
-        assert state.samples == 30 * 20
         assert search(x, heights + 1e-3 * (torch.arange(50) == 7), 1).index.eq(7).sum() >= 1
         assert search(x, heights, 1).index.eq(7).sum() <= 1
+        assert descent.lift(problem, state, torch.arange(25), [(x, near.score[:, 0])], 10.0).samples == 10 * 25 / 50
+        assert descent.lift(problem, state, torch.arange(25), [(x, near.score[:, 0])], 2.0).samples == 2
 
     def test_starving_is_only_who_should_have_won(self) -> None:
         zero = torch.zeros(4, dtype=torch.float64)

@@ -6,7 +6,7 @@ Legend: B samples, n atoms, d dimension, k winners. Everything is in the frame, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 from torch import Tensor
 
@@ -34,11 +34,15 @@ class Assigner(Protocol):
 
     ``name`` says which implementation it is. A call costs 2 n (d + 1) flops for each sample; of an orbit those of math
     (18), if the assigner knows orbits, else the same. Exact up to float32 rounding unless a recall was asked for;
-    ``exact`` is the assigner itself, or one that is exact, as a certificate needs it.
+    ``exact`` is the assigner itself, or one that is exact, as a certificate needs it. ``why`` says what was measured to
+    choose it.
     """
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def why(self) -> str: ...
 
     @property
     def exact(self) -> Assigner: ...
@@ -46,6 +50,16 @@ class Assigner(Protocol):
     def __call__(self, x: Tensor | Orbits, heights: Tensor, k: int = 2) -> Winners:
         """x (B, d) float32, or orbits of B points; heights (n,) of any float type, 1 <= k <= n."""
         ...
+
+
+class Exact:
+    """What assigners share that are exact and have nothing to choose."""
+
+    why = ""
+
+    @property
+    def exact(self) -> Self:
+        return self
 
 
 def check(name: str, recall: float | None) -> None:
@@ -93,3 +107,8 @@ def build(name: str, atoms: Tensor, recall: float | None = None) -> Assigner:
     from distot.assign.auto import Auto
 
     return Auto(atoms, recall)
+
+
+def plain(atoms: Tensor) -> Assigner:
+    """The exact assigner that needs no preparation and is fast for any samples, on the device of the atoms."""
+    return build("native" if atoms.device.type == "cpu" else "dense", atoms)

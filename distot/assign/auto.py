@@ -7,7 +7,9 @@ from importlib.util import find_spec
 
 from torch import Tensor
 
+from distot import assign
 from distot.assign import Assigner, Winners
+from distot.assign.native import Native
 from distot.orbit import Orbits
 
 LEAST = 4096  # atoms, from which lists may be worth their while
@@ -25,22 +27,16 @@ class Auto:
 
     def __init__(self, atoms: Tensor, recall: float | None = None) -> None:
         self.rival: Assigner | None = None
-        if atoms.device.type == "cpu":
-            from distot.assign.native import Native
-
-            self.plain: Assigner = (native := Native(atoms))
+        self.plain = assign.plain(atoms)
+        if isinstance(self.plain, Native):
             if len(atoms) >= LEAST:
                 from distot.assign.lists import Lists
 
-                self.rival = Lists(atoms, recall, native)
-        else:
-            from distot.assign.dense import Dense
+                self.rival = Lists(atoms, recall, self.plain)
+        elif find_spec("triton"):
+            from distot.assign.triton import Triton
 
-            self.plain = Dense(atoms)
-            if find_spec("triton"):
-                from distot.assign.triton import Triton
-
-                self.rival = Triton(atoms)
+            self.rival = Triton(atoms)
         self.choice: Assigner = self.plain
         self.recall, self.calls = recall, 0
         self.why = "nothing else to choose" if self.rival is None else "nothing measured yet"

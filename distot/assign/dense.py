@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distot.assign import Winners
+from distot.assign import Exact, Winners
 from distot.orbit import Orbits, points
 
 GROUP = 32
@@ -18,7 +18,7 @@ TILE_ROWS_CUDA, TILE_ATOMS_CUDA = 4096, 4096  # 64 MiB on a GPU, where a launch 
 RESCORE_BYTES = 4 << 20
 
 
-class Dense:
+class Dense(Exact):
     name = "dense"
 
     def __init__(self, atoms: Tensor) -> None:
@@ -26,10 +26,6 @@ class Dense:
         on_gpu = atoms.device.type == "cuda"
         self.rows = TILE_ROWS_CUDA if on_gpu else TILE_ROWS
         self.width = TILE_ATOMS_CUDA if on_gpu else TILE_ATOMS
-
-    @property
-    def exact(self) -> Dense:
-        return self
 
     def __call__(self, x: Tensor | Orbits, heights: Tensor, k: int = 2) -> Winners:
         x = points(x)

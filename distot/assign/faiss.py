@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distot.assign import Winners
+from distot.assign import Exact, Winners
 from distot.assign.dense import Dense
 from distot.errors import InputError
 from distot.orbit import Orbits, points
@@ -23,7 +23,7 @@ except ImportError as error:
     ) from error
 
 
-class Faiss:
+class Faiss(Exact):
     name = "faiss"
 
     def __init__(self, atoms: Tensor) -> None:
@@ -34,10 +34,6 @@ class Faiss:
         self.index.add(torch.cat([atoms, torch.zeros(n, 1)], dim=1).numpy())
         self.codes = torch.from_numpy(faiss.rev_swig_ptr(self.index.get_xb(), n * (d + 1)).reshape(n, d + 1))
         self.dense = Dense(self.codes[:, :d])
-
-    @property
-    def exact(self) -> Faiss:
-        return self
 
     def __call__(self, x: Tensor | Orbits, heights: Tensor, k: int = 2) -> Winners:
         n, x = len(self.codes), points(x)

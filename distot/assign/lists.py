@@ -32,6 +32,7 @@ EXACT_LISTS, LIKELY_LISTS = 4.0, 1.5  # times the root of n
 ITERATIONS = 5  # of k-means
 SCALES = 2.0 ** torch.arange(-4, 4)  # tried for s
 JUDGES = 256  # samples that choose among them
+LEARN, LEARN_A_LIST = 64, 32  # samples that are searched exhaustively first, in all or, with a recall, for each list
 PRIOR = 20.0  # wins with the common variance added to each list's own
 CHECKED = 128  # one sample in so many is searched exactly to measure the recall
 WINDOW = 4096  # of those are remembered
@@ -45,19 +46,20 @@ class Lists:
     The first samples are searched by ``Native``; their winners teach where the lists win, and so do later ones.
     """
 
-    name = "lists"
+    name, why = "lists", ""
 
     def __init__(self, atoms: Tensor, recall: float | None = None, exact: Native | None = None) -> None:
         if atoms.device.type != "cpu":
             raise InputError(f"the lists assigner searches on the CPU, the atoms are on {atoms.device}; use 'dense'")
         n = len(atoms)
         self.recall, self.plain = recall, exact or Native(atoms)
-        width = max(1, round((EXACT_LISTS if recall is None else LIKELY_LISTS) * n**0.5))
+        width = min(n, round((EXACT_LISTS if recall is None else LIKELY_LISTS) * n**0.5))
         node = np.zeros(n, dtype=np.int64)
         for clusters in (round(width**0.5), width):
-            node = split(atoms.numpy(), node, max(1, clusters), ITERATIONS, 0, lambda: None)
+            node = split(atoms.numpy(), node, clusters, ITERATIONS, 0, lambda: None)
         order = torch.from_numpy(node.argsort(kind="stable"))
         self.order, self.names, self.atoms = order, order.int(), atoms[order]
+        self.places = torch.empty_like(order).index_copy_(0, order, torch.arange(n))
         self.sizes = torch.from_numpy(np.bincount(node))
         self.starts = torch.nn.functional.pad(self.sizes.cumsum(0), (1, 0))
         centre = atoms.double().mean(dim=0)
@@ -67,7 +69,11 @@ class Lists:
         self.won = _Won(*self.middle.shape)
         self.seen, self.scored = 0, 0.0  # samples; scores computed for them, in scores of exhaustive searches
         self._fitted = 0
-        self._gaps = torch.empty(0)
+        self._sure = (
+            torch.empty(0, atoms.shape[1]),
+            order[:0],
+        )  # samples searched exactly, and the lists of their winners
+        self._gaps = torch.empty(0)  # how far those lists were from the likeliest one
 
     @property
     def exact(self) -> Assigner:
@@ -79,30 +85,26 @@ class Lists:
         return None if self.recall is None or not len(self._gaps) else float((self._gaps <= self._gap).double().mean())
 
     def __call__(self, x: Tensor | Orbits, heights: Tensor, k: int = 2) -> Winners:
-        near, plain = self._search(x, heights, k), points(x)
-        z = plain @ self.axes
-        node = torch.searchsorted(self.starts, self._place(near.index[:, 0]), right=True) - 1
-        self.won.add(z, self.atoms[self._place(near.index[:, 0])] @ self.axes, node)
+        if len(x) and self._fitted:
+            near = (self._bounded if self.recall is None else self._likely)(points(x), heights, k)
+        else:
+            near = self.plain(x, heights, k)
+            self.scored += len(x)
+        z, place = points(x) @ self.axes, self.places[near.index[:, 0]]
+        node, learn = self._list_of(place), torch.ones(len(x), dtype=torch.bool)
+        if self.recall is not None:  # what was learned is judged by samples that it was not learned from
+            learn[self.seen % CHECKED :: CHECKED if self._fitted else 4] = False
+            self._judge(points(x)[~learn], z[~learn], None if self._fitted else node[~learn], heights)
+        self.won.add(z[learn], self.atoms[place[learn]] @ self.axes, node[learn])
         self.seen += len(z)
-        if self.seen >= 2 * self._fitted:
-            self._fit(z, near, heights, node)
+        if self.seen >= max(2 * self._fitted, LEARN if self.recall is None else LEARN_A_LIST * len(self.sizes)):
+            self._fit(z, near, heights)
             self._fitted = self.seen
         return near
 
-    def _search(self, x: Tensor | Orbits, heights: Tensor, k: int) -> Winners:
-        if not self._fitted:
-            self.scored += len(x)
-            return self.plain(x, heights, k)
-        if self.recall is None:
-            return self._bounded(points(x), heights, k)
-        return self._likely(points(x), heights, k)
-
-    def _place(self, index: Tensor) -> Tensor:
-        """Where atoms stand in the order of the lists."""
-        if not hasattr(self, "_places"):
-            self._places = torch.empty_like(self.order)
-            self._places[self.order] = torch.arange(len(self.order))
-        return self._places[index]
+    def _list_of(self, place: Tensor) -> Tensor:
+        """The list of atoms, given where they stand in the order of the lists."""
+        return torch.searchsorted(self.starts, place, right=True) - 1
 
     def _sums(self, values: Tensor) -> Tensor:
         """Values (n, ...), in the order of the lists, summed over each list, float64."""
@@ -143,13 +145,13 @@ class Lists:
 
     # exact
 
-    def _fit(self, z: Tensor, near: Winners, heights: Tensor, node: Tensor) -> None:
+    def _fit(self, z: Tensor, near: Winners, heights: Tensor) -> None:
         """Learns where lists win from all samples so far."""
         if self.recall is None:
             self._bounds(z[:JUDGES].double(), near.score[:JUDGES, -1].double(), heights.double()[self.order])
         else:
             self._likelihood()
-            self._gaps = self._gap_of(z[-WINDOW:], node[-WINDOW:])
+            self._gaps = self._gap_of(*self._sure)
             self._aim()
 
     def _bounds(self, z: Tensor, score: Tensor, h: Tensor) -> None:
@@ -177,6 +179,9 @@ class Lists:
         size = self.way[:, :-2].norm(dim=1).amax() + self.middle.norm(dim=1).amax()
         slack = z.norm(dim=1) * size + bias.abs().amax() + h.abs().amax() + half * self.way[:, -2].amax()
         guide = torch.cat([z, half[:, None], ((z.shape[1] + 4) * ROUNDING * slack)[:, None]], 1).float()
+        if not (torch.isfinite(guide).all() and torch.isfinite(bias.float()).all() and torch.isfinite(self.way).all()):
+            self.scored += len(x)
+            return self.plain(x, heights, k)
         top = Native(self.way, self.plain.isa)(guide, bias, 1)
         order = top.index[:, 0].argsort()  # samples with the same lists stand together
         x, guide, first = x[order], guide[order], top.score[order, 0]
@@ -206,7 +211,6 @@ class Lists:
             again = self.plain(x[few], heights, k)
             near.index[few], near.score[few] = again.index, again.score
             self.scored += len(few)
-        self._check(x, heights)
         return near
 
     def _gap_of(self, z: Tensor, node: Tensor) -> Tensor:
@@ -215,14 +219,14 @@ class Lists:
         own = (guide * self.way[node]).sum(1) + self.bias[node].float()
         return (Native(self.way, self.plain.isa)(guide, self.bias, 1).score[:, 0] - own).clamp_min(0)
 
-    def _check(self, x: Tensor, heights: Tensor) -> None:
-        """Searches a few samples exactly and sets the gap by them."""
-        some = x[self.seen % CHECKED :: CHECKED] if len(x) > CHECKED else x[:1]
-        winner = self.plain(some, heights, 1).index[:, 0]
-        self.scored += len(some)
-        node = torch.searchsorted(self.starts, self._place(winner), right=True) - 1
-        self._gaps = torch.cat([self._gaps, self._gap_of(some @ self.axes, node)])[-WINDOW:]
-        self._aim()
+    def _judge(self, x: Tensor, z: Tensor, node: Tensor | None, heights: Tensor) -> None:
+        """Remembers the lists of exact winners of these samples, if need be found now, and sets the gap by them."""
+        if node is None:
+            node = self._list_of(self.places[self.plain(x, heights, 1).index[:, 0]])
+            self.scored += len(x)
+            self._gaps = torch.cat([self._gaps, self._gap_of(z, node)])[-WINDOW:]
+            self._aim()
+        self._sure = torch.cat([self._sure[0], z])[-WINDOW:], torch.cat([self._sure[1], node])[-WINDOW:]
 
     def _aim(self) -> None:
         """The gap at which the recall is the wanted one, and a standard error more."""
@@ -251,9 +255,10 @@ class _Won:
     def slope(self) -> Tensor:
         """Derivative (d,) of the transport map along each axis, by regression; positive."""
         total, mean = self.count.sum(), self.sum.sum(0) / self.count.sum()
-        variance = (self.square.sum(0) / total - mean**2).clamp_min(1e-300)
-        slope = (self.cross / total - mean * self.w / total) / variance
-        return slope.clamp_min(max(1e-6 * float(slope.amax()), 1e-30))
+        variance = self.square.sum(0) / total - mean**2
+        slope = (self.cross / total - mean * self.w / total) / variance.clamp_min(1e-30)
+        largest = float(slope.amax())
+        return slope.clamp_min(1e-6 * largest) if largest > 0 else torch.ones_like(slope)
 
     def centres(self, middle: Tensor) -> Tensor:
         """Mean sample (K, d) of each list; of one that has won nothing, where the regression puts its centroid."""

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from distot._native import available, search
-from distot.assign import Winners
+from distot.assign import Exact, Winners
 from distot.errors import InputError
 from distot.orbit import Orbits, points
 
 TURNED_BYTES = 256 << 20  # for atoms as an orbit's blocks see them; kept if all of them fit, else made block by block
 
 
-class Native:
+class Native(Exact):
     """``isa``: instruction set, one of ``available()``, the best if None. It uses torch's thread count."""
 
     name = "native"
@@ -27,10 +27,6 @@ class Native:
         self.atoms = atoms.contiguous()
         self._basis: Tensor | None = None
         self._turned = self.atoms[:, None]  # (n, g, w), if there is a basis
-
-    @property
-    def exact(self) -> Native:
-        return self
 
     def __call__(self, x: Tensor | Orbits, heights: Tensor, k: int = 2) -> Winners:
         if isinstance(x, Orbits) and x.z.shape[1] > 1:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distot.assign import Winners
+from distot.assign import Exact, Winners
 from distot.assign.dense import Dense, best_of
 from distot.errors import InputError
 from distot.orbit import Orbits
@@ -99,7 +99,7 @@ def search(  # type: ignore[no-untyped-def]
         tl.store(scores + out + 1, under_next, mask=row < b)
 
 
-class Triton:
+class Triton(Exact):
     """Best and runner-up in the fused pass; more winners than two, or a single atom, go to ``dense``.
 
     ``splits``: runs of atoms that are searched side by side and merged at the end; by default enough to fill the GPU.
@@ -114,10 +114,6 @@ class Triton:
                 "'dense', or set TRITON_INTERPRET=1 to try it out, very slowly, on a CPU"
             )
         self.atoms, self.splits, self.dense = atoms.contiguous(), splits, Dense(atoms)
-
-    @property
-    def exact(self) -> Triton:
-        return self
 
     def __call__(self, x: Tensor | Orbits, heights: Tensor, k: int = 2) -> Winners:
         n, d = self.atoms.shape
