@@ -25,7 +25,7 @@ typedef int32_t Mask __attribute__((vector_size(LANES * 4)));
 
 inline V all(float value) { return V{} + value; }
 inline V larger(V a, V b) { return a > b ? a : b; }
-inline V smaller(V a, V b) { return a < b ? a : b; }
+inline V magnitude(V a) { return (V)((Mask)a & 0x7fffffff); }
 
 inline bool any(Mask mask) {
 #if LANES == 16 && defined(__AVX512F__)
@@ -129,7 +129,9 @@ struct Plain {
         const int64_t d = request.width;
         const float* y = request.atoms + a * d;
         V score[N][REGISTERS];
+#pragma GCC unroll 8
         for (int j = 0; j < N; ++j)
+#pragma GCC unroll 8
             for (int m = 0; m < REGISTERS; ++m) score[j][m] = all(request.heights[a + j]);
         const V* x = panel.x.data();
         for (int64_t q = 0; q < d; ++q, x += REGISTERS)
@@ -138,8 +140,10 @@ struct Plain {
 #pragma GCC unroll 8
                 for (int m = 0; m < REGISTERS; ++m) score[j][m] += x[m] * y[j * d + q];
         Mask hit{};
+#pragma GCC unroll 8
         for (int m = 0; m < REGISTERS; ++m) {
             V top = score[0][m];
+#pragma GCC unroll 8
             for (int j = 1; j < N; ++j) top = larger(top, score[j][m]);
             hit |= passes(top, panel.limit[m]);
         }
@@ -172,18 +176,33 @@ struct Plain {
     }
 };
 
-// Orbits: partial products with G blocks, then a fast Hadamard transform gives the scores of 2 G points.
+// p_k <- sum_b H_kb p_b in place, H the Sylvester matrix of scipy.linalg.hadamard.
+template <int G>
+inline void transform(V* p) {
+#pragma GCC unroll 4
+    for (int half = 1; half < G; half *= 2)
+#pragma GCC unroll 8
+        for (int base = 0; base < G; base += 2 * half)
+#pragma GCC unroll 8
+            for (int i = base; i < base + half; ++i) {
+                const V sum = p[i] + p[i + half], difference = p[i] - p[i + half];
+                p[i] = sum;
+                p[i + half] = difference;
+            }
+}
+
+// Orbits: partial products with G blocks, then a fast Hadamard transform gives s = <H z, y> and with it the scores h + s
+// and h - s of 2 G points.
 template <int G>
 struct Orbits {
-    static constexpr int REGISTERS = 2, GROUP = 2, BLOCKS = 2;
+    static constexpr int REGISTERS = LANES == 16 ? 2 : 4, GROUP = LANES == 16 ? 6 : 3;
     static constexpr int ROWS = REGISTERS * LANES, POINTS = 2 * G;
 
     const Request& request;
     struct Panel {
-        Buffer<V> x;                  // (G, width, REGISTERS)
-        V above[REGISTERS][G];        // k-th best scores of the points + H z
-        V below[REGISTERS][G];        // minus those of the points - H z
-        Best best;                    // rows as in the output
+        Buffer<V> x;             // (G, width, REGISTERS)
+        V limit[REGISTERS][G];   // the lesser of the k-th best scores of the points + H z and - H z
+        Best best;               // rows as in the output
         int64_t first;
         Panel(const Request& r) : x(G * r.width * REGISTERS), best(ROWS * POINTS, r.k) {}
     };
@@ -192,10 +211,7 @@ struct Orbits {
         panel.first = first;
         panel.best.load(request, first * POINTS, std::min<int64_t>(ROWS, request.draws - first) * POINTS);
         for (int64_t row = 0; row < ROWS; ++row)
-            for (int i = 0; i < G; ++i) {
-                panel.above[row / LANES][i][row % LANES] = panel.best.last(row * POINTS + i);
-                panel.below[row / LANES][i][row % LANES] = -panel.best.last(row * POINTS + G + i);
-            }
+            for (int i = 0; i < G; ++i) lower(panel, row, i);
         float* to = reinterpret_cast<float*>(panel.x.data());
         const int64_t length = G * request.width;
         for (int64_t row = 0; row < ROWS; ++row) {
@@ -204,79 +220,65 @@ struct Orbits {
         }
     }
 
-    // In place: p_k <- sum_b H_kb p_b, H the Sylvester matrix of scipy.linalg.hadamard.
-    static inline void transform(V* p) {
-#pragma GCC unroll 4
-        for (int half = 1; half < G; half *= 2)
+    static void lower(Panel& panel, int64_t row, int i) {
+        panel.limit[row / LANES][i][row % LANES] =
+            std::min(panel.best.last(row * POINTS + i), panel.best.last(row * POINTS + G + i));
+    }
+
+    // The largest |s| - limit; half of the transform at a time, which registers can hold.
+    static inline V excess(const V* p, const V* limit) {
+        V most = all(-FLT_MAX);
+#pragma GCC unroll 2
+        for (int side = 0; side < 2; ++side) {
+            V s[G / 2];
 #pragma GCC unroll 8
-            for (int base = 0; base < G; base += 2 * half)
+            for (int i = 0; i < G / 2; ++i) s[i] = side ? p[i] - p[i + G / 2] : p[i] + p[i + G / 2];
+            transform<G / 2>(s);
 #pragma GCC unroll 8
-                for (int i = base; i < base + half; ++i) {
-                    V sum = p[i] + p[i + half], difference = p[i] - p[i + half];
-                    p[i] = sum;
-                    p[i + half] = difference;
-                }
+            for (int i = 0; i < G / 2; ++i) most = larger(most, magnitude(s[i]) - limit[side * G / 2 + i]);
+        }
+        return most;
     }
 
     template <int N>
     void group(Panel& panel, int64_t a) const {
         const int64_t width = request.width, length = G * width;
         const float* y = request.atoms + a * length;
-        V p[REGISTERS][N][G];
-        for (int b = 0; b < G; b += BLOCKS) {
-            V sum[BLOCKS][N][REGISTERS] = {};
-            const V* x = panel.x.data() + b * width * REGISTERS;
-            for (int64_t q = 0; q < width; ++q)
-#pragma GCC unroll 2
-                for (int c = 0; c < BLOCKS; ++c)
-#pragma GCC unroll 2
-                    for (int j = 0; j < N; ++j)
-#pragma GCC unroll 2
-                        for (int m = 0; m < REGISTERS; ++m)
-                            sum[c][j][m] += x[(c * width + q) * REGISTERS + m] * y[j * length + (b + c) * width + q];
-            for (int c = 0; c < BLOCKS; ++c)
+        V p[N][REGISTERS][G];
+        const V* x = panel.x.data();
+        for (int b = 0; b < G; ++b, y += width) {
+            V sum[N][REGISTERS] = {};
+            for (int64_t q = 0; q < width; ++q, x += REGISTERS)
+#pragma GCC unroll 8
                 for (int j = 0; j < N; ++j)
-                    for (int m = 0; m < REGISTERS; ++m) p[m][j][b + c] = sum[c][j][m];
+#pragma GCC unroll 8
+                    for (int m = 0; m < REGISTERS; ++m) sum[j][m] += x[m] * y[j * length + q];
+#pragma GCC unroll 8
+            for (int j = 0; j < N; ++j)
+#pragma GCC unroll 8
+                for (int m = 0; m < REGISTERS; ++m) p[j][m][b] = sum[j][m];
         }
-        for (int m = 0; m < REGISTERS; ++m) {
-            V twice[N];
-            for (int j = 0; j < N; ++j) {
-                p[m][j][0] += request.heights[a + j];  // column 0 of H is 1: this adds h to every score
-                twice[j] = all(2 * request.heights[a + j]);
-                transform(p[m][j]);
-            }
-            Mask hit{};
-            for (int i = 0; i < G; ++i) {
-                V top = p[m][0][i], bottom = p[m][0][i] - twice[0];
-                for (int j = 1; j < N; ++j) {
-                    top = larger(top, p[m][j][i]);
-                    bottom = smaller(bottom, p[m][j][i] - twice[j]);
+        for (int j = 0; j < N; ++j)
+            for (int m = 0; m < REGISTERS; ++m)
+                if (__builtin_expect(any(excess(p[j][m], panel.limit[m]) > all(-request.heights[a + j])), 0))
+                    take(panel, m, a + j, p[j][m]);
+    }
+
+    __attribute__((noinline)) void take(Panel& panel, int m, int64_t a, V* s) const {
+        const float h = request.heights[a];
+        transform<G>(s);
+        for (int i = 0; i < G; ++i) {
+            const Mask pass = h + magnitude(s[i]) > panel.limit[m][i];
+            if (!any(pass)) continue;
+            for (int lane = 0; lane < LANES; ++lane)
+                if (pass[lane]) {
+                    const int64_t row = m * LANES + lane;
+                    panel.best.insert(row * POINTS + i, h + s[i][lane], request.first + a);
+                    panel.best.insert(row * POINTS + G + i, h - s[i][lane], request.first + a);
+                    lower(panel, row, i);
                 }
-                hit |= (top > panel.above[m][i]) | (bottom < panel.below[m][i]);
-            }
-            if (__builtin_expect(any(hit), 0)) take<N>(panel, m, a, p[m], twice);
         }
     }
-
-    template <int N>
-    __attribute__((noinline)) void take(Panel& panel, int m, int64_t a, const V (*p)[G], const V* twice) const {
-        for (int i = 0; i < G; ++i)
-            for (int j = 0; j < N; ++j) {
-                const V plus = p[j][i], minus = p[j][i] - twice[j];
-                V& above = panel.above[m][i];
-                V& below = panel.below[m][i];
-                if (any(plus > above))
-                    for (int lane = 0; lane < LANES; ++lane)
-                        if (plus[lane] > above[lane])
-                            above[lane] = panel.best.insert(place(m, lane) + i, plus[lane], request.first + a + j);
-                if (any(minus < below))
-                    for (int lane = 0; lane < LANES; ++lane)
-                        if (minus[lane] < below[lane])
-                            below[lane] = -panel.best.insert(place(m, lane) + G + i, -minus[lane], request.first + a + j);
-            }
-    }
-
-    static int64_t place(int m, int lane) { return (m * LANES + lane) * POINTS; }
 
     void tile(Panel& panel, int64_t a, int64_t end) const {
         for (; a + GROUP <= end; a += GROUP) group<GROUP>(panel, a);
