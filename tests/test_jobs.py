@@ -36,6 +36,15 @@ def test_demo(tmp_path: Path) -> None:
     assert "is there already" in run("-m", "jobs.demo", "demo", folder=tmp_path).stdout
 
 
+def test_million_in_small_goes_on(tmp_path: Path) -> None:
+    """The job is the same for 500 latents; called again it finds its work done."""
+    job = ("-m", "jobs.million", "million", "--count", "500", "--dim", "4")
+    first = run(*job, folder=tmp_path)
+    assert "most memory of this process" in first.stdout
+    assert distot.load(tmp_path / "million/run.zarr").reason == "until_chi2"
+    assert "until_chi2" in run(*job, folder=tmp_path).stdout
+
+
 def test_patches_are_distinct_and_centred() -> None:
     y = patches(500, 8)
     assert y.shape == (500, 8)
@@ -44,6 +53,7 @@ def test_patches_are_distinct_and_centred() -> None:
     assert np.abs(y.mean(axis=0)).max() < 1e-4
     assert np.allclose(patches(500, 8, whiten=True).std(axis=0), 1, rtol=0.01)
     assert not np.array_equal(patches(500, 8, seed=1), y)
+    assert len(np.unique(patches(500, 192, flips=True), axis=0)) == 500
 
 
 def test_solve_or_go_on(tmp_path: Path) -> None:
