@@ -39,13 +39,12 @@ def main() -> None:
         lines.append(
             f"| {e['seconds']:,.0f} | {work:.2f} | {e['chi2']:.4f} ± {e['error']:.4f} | {1 / (work * e['chi2']):.2f} |"
         )
-    if certificate := [e for e in events if e["event"] == "certificate"]:
-        c = certificate[-1]
+    for c in [e for e in events if e["event"] == "certificate"][-1:]:
         lines += [
             "",
             f"Certificate after {c['seconds']:,.0f} s, from {c['samples']:,} samples: chi2 {c['chi2']:.4f} ± "
-            f"{c['chi2_error']:.4f}, {c['empty']:,} empty cells ({c['empty_by_chance']:,.0f} by chance), W2² {c['w2_squared_bound']:.5g} ± "
-            f"{c['w2_squared_bound_error']:.2g}.",
+            f"{c['chi2_error']:.4f}, {c['empty']:,} empty cells ({c['empty_by_chance']:,.0f} by chance), "
+            f"W2² {c['w2_squared_bound']:.5g} ± {c['w2_squared_bound_error']:.2g}.",
         ]
     lines += ["", f"![chi2 against time]({args.name}.png)"]
     write(args.name, f"A run of {n:,} latents", lines)
