@@ -13,8 +13,7 @@ from distot.assign.native import Native
 from distot.orbit import Orbits
 
 LEAST = 4096  # atoms, from which lists may be worth their while
-SLICES = (1024, 16_384)  # samples to time; the second number only where the first does not tell
-CLEAR = 2.0  # times as fast: tells
+CLEAR = 2.0  # times as slow, to be dropped
 BETTER = 1.1  # times as fast as the plain choice, to be preferred to it
 
 
@@ -51,36 +50,22 @@ class Auto:
 
     def __call__(self, x: Tensor | Orbits, heights: Tensor, k: int = 2) -> Winners:
         self.calls += 1
-        if self.rival is None or self.calls & (self.calls - 1):
+        if self.rival is None or self.calls & (self.calls - 1) or not len(x):
             return self.choice(x, heights, k)
-        near = self.rival(x, heights, k) if self.calls == 1 else None  # lists learn from their first call
-        self._measure(self.rival, x, heights, k)
-        return self.choice(x, heights, k) if near is None else near
-
-    def _measure(self, rival: Assigner, x: Tensor | Orbits, heights: Tensor, k: int) -> None:
-        for size in SLICES:
-            some = _first(x, size)
-            plain, other = (_seconds(search, some, heights, k) for search in (self.plain, rival))
-            if not 1 / CLEAR < plain / other < CLEAR:
-                break
+        rival = self.rival
+        near = rival(x, heights, k)  # lists learn from their first call
+        if self.calls == 1:
+            self.plain(x, heights, k)
+        plain, other = (_seconds(search, x, heights, k) for search in (self.plain, rival))
         self.choice = rival if plain > BETTER * other else self.plain
-        self.why = f"{rival.name} took {other / plain:.2f} of the time of {self.plain.name} for {len(some):,} samples"
+        self.why = f"{rival.name} took {other / plain:.2f} of the time of {self.plain.name} for {len(x):,} samples"
         if other > CLEAR * plain:
             self.rival = None
-
-
-def _first(x: Tensor | Orbits, samples: int) -> Tensor | Orbits:
-    """At least so many samples of x, whole orbits, or all."""
-    if isinstance(x, Orbits):
-        return Orbits(x.z[: -(-samples // (2 * x.z.shape[1]))], x.basis)
-    return x[:samples]
+        return near
 
 
 def _seconds(search: Assigner, x: Tensor | Orbits, heights: Tensor, k: int) -> float:
-    """The better of two calls, to the arrival of the last score."""
-    times = []
-    for _ in range(2):
-        began = time.perf_counter()
-        search(x, heights, k).score[-1, -1].item()
-        times.append(time.perf_counter() - began)
-    return min(times)
+    """Time of a call, to the arrival of the last score."""
+    began = time.perf_counter()
+    search(x, heights, k).score[-1:].tolist()
+    return time.perf_counter() - began
