@@ -25,6 +25,7 @@ import distot
 from bench.report import REPORTS, write
 from distot import assign
 from distot.assign.auto import Auto
+from distot.assign.likely import Likely
 from distot.assign.lists import Lists
 from distot.assign.native import Native
 from distot.orbit import Orbit, points
@@ -164,10 +165,10 @@ def of_run(path: str, recall: float) -> None:
     if problem.basis is not None:
         line("native, orbits", len(orbits) / seconds(lambda: native(orbits, heights, 2)), base, 1, 1)
     for name, lists in (
-        ("lists, exact", Lists(atoms, None, native)),
-        (f"lists, recall {recall}", Lists(atoms, recall, native)),
+        ("lists, exact", Lists(atoms, native)),
+        (f"lists, recall {recall}", Likely(atoms, recall, native)),
     ):
-        while not lists._fitted:
+        while not lists.fitted:
             lists(x, heights, 2)
         for _ in range(2):
             lists(x, heights, 2)

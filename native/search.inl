@@ -25,7 +25,7 @@ typedef int32_t Mask __attribute__((vector_size(LANES * 4)));
 
 inline V all(float value) { return V{} + value; }
 inline V larger(V a, V b) { return a > b ? a : b; }
-inline V magnitude(V a) { return (V)((Mask)a & 0x7fffffff); }
+inline V smaller(V a, V b) { return a < b ? a : b; }
 
 inline bool any(Mask mask) {
 #if LANES == 16 && defined(__AVX512F__)
@@ -201,7 +201,8 @@ struct Orbits {
     const Request& request;
     struct Panel {
         Buffer<V> x;             // (G, width, REGISTERS)
-        V limit[REGISTERS][G];   // the lesser of the k-th best scores of the points + H z and - H z
+        V above[REGISTERS][G];   // k-th best scores of the points + H z
+        V below[REGISTERS][G];   // and of the points - H z
         Best best;               // rows as in the output
         int64_t first;
         Panel(const Request& r) : x(G * r.width * REGISTERS), best(ROWS * POINTS, r.k) {}
@@ -211,7 +212,7 @@ struct Orbits {
         panel.first = first;
         panel.best.load(request, first * POINTS, std::min<int64_t>(ROWS, request.draws - first) * POINTS);
         for (int64_t row = 0; row < ROWS; ++row)
-            for (int i = 0; i < G; ++i) lower(panel, row, i);
+            for (int i = 0; i < G; ++i) raise(panel, row, i);
         float* to = reinterpret_cast<float*>(panel.x.data());
         const int64_t length = G * request.width;
         for (int64_t row = 0; row < ROWS; ++row) {
@@ -220,14 +221,14 @@ struct Orbits {
         }
     }
 
-    static void lower(Panel& panel, int64_t row, int i) {
-        panel.limit[row / LANES][i][row % LANES] =
-            std::min(panel.best.last(row * POINTS + i), panel.best.last(row * POINTS + G + i));
+    static void raise(Panel& panel, int64_t row, int i) {
+        panel.above[row / LANES][i][row % LANES] = panel.best.last(row * POINTS + i);
+        panel.below[row / LANES][i][row % LANES] = panel.best.last(row * POINTS + G + i);
     }
 
-    // The largest |s| - limit; half of the transform at a time, which registers can hold.
-    static inline V excess(const V* p, const V* limit) {
-        V most = all(-FLT_MAX);
+    // The largest s - above and - s - below; half of the transform at a time, which registers can hold.
+    static inline V excess(const V* p, const V* above, const V* below) {
+        V most = all(-FLT_MAX), least = all(FLT_MAX);
 #pragma GCC unroll 2
         for (int side = 0; side < 2; ++side) {
             V s[G / 2];
@@ -235,9 +236,12 @@ struct Orbits {
             for (int i = 0; i < G / 2; ++i) s[i] = side ? p[i] - p[i + G / 2] : p[i] + p[i + G / 2];
             transform<G / 2>(s);
 #pragma GCC unroll 8
-            for (int i = 0; i < G / 2; ++i) most = larger(most, magnitude(s[i]) - limit[side * G / 2 + i]);
+            for (int i = 0; i < G / 2; ++i) {
+                most = larger(most, s[i] - above[side * G / 2 + i]);
+                least = smaller(least, s[i] + below[side * G / 2 + i]);
+            }
         }
-        return most;
+        return larger(most, -least);
     }
 
     template <int N>
@@ -260,7 +264,7 @@ struct Orbits {
         }
         for (int j = 0; j < N; ++j)
             for (int m = 0; m < REGISTERS; ++m)
-                if (__builtin_expect(any(excess(p[j][m], panel.limit[m]) > all(-request.heights[a + j])), 0))
+                if (__builtin_expect(any(excess(p[j][m], panel.above[m], panel.below[m]) > -request.heights[a + j]), 0))
                     take(panel, m, a + j, p[j][m]);
     }
 
@@ -268,14 +272,14 @@ struct Orbits {
         const float h = request.heights[a];
         transform<G>(s);
         for (int i = 0; i < G; ++i) {
-            const Mask pass = h + magnitude(s[i]) > panel.limit[m][i];
+            const Mask pass = (h + s[i] > panel.above[m][i]) | (h - s[i] > panel.below[m][i]);
             if (!any(pass)) continue;
             for (int lane = 0; lane < LANES; ++lane)
                 if (pass[lane]) {
                     const int64_t row = m * LANES + lane;
                     panel.best.insert(row * POINTS + i, h + s[i][lane], request.first + a);
                     panel.best.insert(row * POINTS + G + i, h - s[i][lane], request.first + a);
-                    lower(panel, row, i);
+                    raise(panel, row, i);
                 }
         }
     }

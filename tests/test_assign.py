@@ -11,6 +11,7 @@ from torch import Tensor
 from distot._native import available
 from distot.assign import NAMES, Assigner, Winners, build
 from distot.assign.auto import Auto
+from distot.assign.likely import Likely
 from distot.assign.lists import Lists
 from distot.assign.native import Native
 from distot.errors import InputError
@@ -189,7 +190,7 @@ class TestLists(Contract):
         atoms = 2 * torch.randn(20_000, d, generator=generator)
         heights = -0.25 * atoms.double().square().sum(1)
         native = Native(atoms, isa)
-        lists = Lists(atoms, exact=native)
+        lists = Lists(atoms, native)
         for samples in (2000, 5000):
             before, x = lists.scored, torch.randn(samples, d, generator=generator)
             found, truth = lists(x, heights, 2), native(x, heights, 2)
@@ -217,7 +218,7 @@ class TestLists(Contract):
             20_000, 24, generator=generator
         )
         heights = -2 * atoms.double().square().sum(1) ** 0.5
-        lists, native = Lists(atoms, recall=0.9), Native(atoms)
+        lists, native = Likely(atoms, 0.9), Native(atoms)
         assert lists.found is None
         assert lists.exact.name == "native"
         for _ in range(3):
@@ -233,7 +234,7 @@ class TestLists(Contract):
 
     def test_fewer_visited_than_wanted_are_searched_again(self) -> None:
         atoms = torch.randn(300, 2, generator=torch.Generator().manual_seed(5))
-        lists, native = Lists(atoms, recall=0.5), Native(atoms)
+        lists, native = Likely(atoms, 0.5), Native(atoms)
         x, heights = torch.randn(2000, 2, generator=torch.Generator().manual_seed(6)), -0.5 * atoms.square().sum(1)
         lists(x, heights, 2)
         found = lists(x, heights, 200)

@@ -89,9 +89,10 @@ def build(name: str, atoms: Tensor, recall: float | None = None) -> Assigner:
 
             return Native(atoms)
         case "lists":
+            from distot.assign.likely import Likely
             from distot.assign.lists import Lists
 
-            return Lists(atoms, recall)
+            return Lists(atoms) if recall is None else Likely(atoms, recall)
         case "triton":
             from distot.assign.triton import Triton
 

@@ -18,7 +18,7 @@ BETTER = 1.1  # times as fast as the plain choice, to be preferred to it
 
 
 class Auto:
-    """On the CPU ``native`` or ``lists``, on a GPU ``dense`` or ``triton``. ``recall``: as for ``Lists``.
+    """On the CPU ``native`` or ``lists``, with a ``recall`` if one is given; on a GPU ``dense`` or ``triton``.
 
     The choice is looked at again in calls 1, 2, 4, ..., as heights change; a rival that is clearly slower is dropped.
     ``name`` is that of the choice, ``why`` says what was measured.
@@ -29,9 +29,10 @@ class Auto:
         self.plain = assign.plain(atoms)
         if isinstance(self.plain, Native):
             if len(atoms) >= LEAST:
+                from distot.assign.likely import Likely
                 from distot.assign.lists import Lists
 
-                self.rival = Lists(atoms, recall, self.plain)
+                self.rival = Lists(atoms, self.plain) if recall is None else Likely(atoms, recall, self.plain)
         elif find_spec("triton"):
             from distot.assign.triton import Triton
 
