@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from distot.assign import Winners
+from distot.assign.native import logsumexp
 
 TILE_BYTES = 32 << 20  # scores held at once for an exact log-sum-exp
 
@@ -29,7 +30,9 @@ def shares(near: Winners, epsilon: float) -> Tensor:
 
 
 def potential(atoms: Tensor, x: Tensor, heights: Tensor, epsilon: float) -> Tensor:
-    """epsilon log sum_i exp((<x, y_i> + h_i) / epsilon) over all n atoms, (B,) float64, by tiles."""
+    """epsilon log sum_i exp((<x, y_i> + h_i) / epsilon) over all n atoms, (B,) float64; on a GPU by tiles."""
+    if atoms.device.type == "cpu":
+        return logsumexp(atoms, x, heights, epsilon)
     width = max(1, TILE_BYTES // (8 * max(len(x), 1)))
     total = torch.full((len(x),), -torch.inf, dtype=torch.float64, device=x.device)
     for a in range(0, len(atoms), width):

@@ -21,32 +21,40 @@ using Index = nb::ndarray<int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Places = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Names = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Matrix = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Sums = nb::ndarray<double, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Score = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
 namespace {
 
-typedef void (*Search)(const distot::Request&);
+struct Kernels {
+    std::string isa;
+    void (*search)(const distot::Request&);
+    void (*soften)(const distot::Soft&);
+};
 
 // Instruction sets that this machine has, best first.
-std::vector<std::pair<std::string, Search>> available() {
-    std::vector<std::pair<std::string, Search>> found;
+std::vector<Kernels> available() {
+    std::vector<Kernels> found;
 #if defined(__x86_64__)
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-        found.emplace_back("avx512", distot::avx512::search);
+        found.push_back({"avx512", distot::avx512::search, distot::avx512::soften});
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-        found.emplace_back("avx2", distot::avx2::search);
+        found.push_back({"avx2", distot::avx2::search, distot::avx2::soften});
 #endif
-    found.emplace_back("portable", distot::portable::search);
+    found.push_back({"portable", distot::portable::search, distot::portable::soften});
     return found;
 }
 
-void run(const std::string& isa, const distot::Request& request) {
-    for (const auto& [name, search] : available())
-        if (name == isa) {
-            nb::gil_scoped_release free;
-            return search(request);
-        }
+Kernels kernels(const std::string& isa) {
+    for (const Kernels& found : available())
+        if (found.isa == isa) return found;
     throw std::invalid_argument("this machine has no " + isa);
+}
+
+void run(const std::string& isa, const distot::Request& request) {
+    const Kernels found = kernels(isa);
+    nb::gil_scoped_release free;
+    found.search(request);
 }
 
 void check(bool fits, const char* what) {
@@ -72,6 +80,17 @@ distot::Request request(const Draws& x, const Draws& atoms, const Vector& height
 void search(Draws x, Draws atoms, Vector heights, int threads, const std::string& isa, Index index, Score score,
             int64_t first, bool more) {
     run(isa, request(x, atoms, heights, threads, first, more, index, score));
+}
+
+void logsumexp(Draws x, Draws atoms, Vector heights, int threads, const std::string& isa, float epsilon, Sums out) {
+    check(x.shape(1) == 1 && atoms.shape(1) == 1 && x.shape(2) == atoms.shape(2) && heights.shape(0) == atoms.shape(0) &&
+              out.shape(0) == x.shape(0) && epsilon > 0 && threads >= 1,
+          "shapes of samples, atoms, heights and output do not fit");
+    const Kernels found = kernels(isa);
+    const distot::Request request{x.data(), atoms.data(), heights.data(), int64_t(x.shape(0)), int64_t(atoms.shape(0)),
+                                  int64_t(x.shape(2)), 1, 1, threads, 0, false, nullptr, nullptr, {}};
+    nb::gil_scoped_release free;
+    found.soften({request, epsilon, out.data()});
 }
 
 int64_t search_lists(Draws x, Draws atoms, Vector heights, int threads, const std::string& isa, Index index, Score score,
@@ -104,9 +123,11 @@ NB_MODULE(_native, m) {
           "The same for samples x (draws, 1, width) and atoms in lists, of which list c starts at starts[c]: sample s "
           "visits it if limit[s] <= <way[c], guide[s]> + bias[c] < ceiling[s], the limit by default its k-th best score so "
           "far. ``names``: indices of the atoms. Returns how many scores were computed.");
+    m.def("logsumexp", &logsumexp, "x"_a, "atoms"_a, "heights"_a, "threads"_a, "isa"_a, "epsilon"_a, "out"_a,
+          "Fills out (rows,) with epsilon log sum_i exp((<x, y_i> + h_i) / epsilon) for samples x (rows, 1, width).");
     m.def("available", [] {
         nb::list names;
-        for (const auto& entry : available()) names.append(entry.first);
+        for (const auto& entry : available()) names.append(entry.isa);
         return names;
     });
 }

@@ -37,10 +37,17 @@ struct Request {
     Lists lists;
 };
 
-namespace portable { void search(const Request&); }
+// logsumexp[s] = epsilon log sum_i exp((<x_s, y_i> + h_i) / epsilon) for plain samples; of a Request it takes what they need.
+struct Soft {
+    const Request& request;
+    float epsilon;
+    double* logsumexp;  // out: (draws)
+};
+
+namespace portable { void search(const Request&); void soften(const Soft&); }
 #if defined(__x86_64__)
-namespace avx2 { void search(const Request&); }
-namespace avx512 { void search(const Request&); }
+namespace avx2 { void search(const Request&); void soften(const Soft&); }
+namespace avx512 { void search(const Request&); void soften(const Soft&); }
 #endif
 
 }  // namespace distot

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cfloat>
+#include <cmath>
 #include <cstring>
 #include <new>
 #include <thread>
@@ -415,6 +416,96 @@ void visit(const Plain<true>& kernel) {
         }
         *r.lists.scored += scored;
     });
+}
+
+// exp(a) for a <= 0, to a few units in the last place; 0 below -87.
+inline V exponential(V a) {
+    const V turns = a * 1.44269504f;
+    const Mask n = __builtin_convertvector(turns - 0.5f, Mask);  // rounds to the nearest, as turns <= 0
+    const V f = (a - __builtin_convertvector(n, V) * 0.693145752f) - __builtin_convertvector(n, V) * 1.42860677e-6f;
+    V p = f * (1.f / 5040) + 1.f / 720;
+    p = p * f + 1.f / 120;
+    p = p * f + 1.f / 24;
+    p = p * f + 1.f / 6;
+    p = p * f + 0.5f;
+    p = p * f + 1.f;
+    p = p * f + 1.f;
+    const V power = (V)((n + 127) << 23);
+    return a < -87.f ? V{} : p * power;
+}
+
+// The log-sum-exp of every sample over all atoms: a running maximum, and the sum of exponentials relative to it.
+struct Softmax {
+    static constexpr int REGISTERS = LANES == 16 ? 4 : 3, GROUP = LANES == 16 ? 6 : 4;
+    static constexpr int ROWS = REGISTERS * LANES;
+    static constexpr float NEGLIGIBLE = 40;  // exp(-40) of the largest term, times any number of atoms, is no more than rounding
+
+    const Request& request;
+    const Soft& soft;
+    struct Panel {
+        Buffer<V> x;  // (width, REGISTERS)
+        V top[REGISTERS], sum[REGISTERS];
+        int64_t first;
+        Panel(const Request& r) : x(r.width * REGISTERS) {}
+    };
+
+    void load(Panel& panel, int64_t first) const {
+        panel.first = first;
+        float* to = reinterpret_cast<float*>(panel.x.data());
+        for (int64_t row = 0; row < ROWS; ++row) {
+            const float* from = request.x + std::min(first + row, request.draws - 1) * request.width;
+            for (int64_t q = 0; q < request.width; ++q) to[q * ROWS + row] = from[q];
+        }
+        for (int m = 0; m < REGISTERS; ++m) panel.top[m] = all(-FLT_MAX / 4), panel.sum[m] = V{};
+    }
+
+    template <int N>
+    void group(Panel& panel, int64_t a) const {
+        const int64_t d = request.width;
+        const float* y = request.atoms + a * d;
+        V score[N][REGISTERS];
+#pragma GCC unroll 8
+        for (int j = 0; j < N; ++j)
+#pragma GCC unroll 8
+            for (int m = 0; m < REGISTERS; ++m) score[j][m] = all(request.heights[a + j]);
+        const V* x = panel.x.data();
+        for (int64_t q = 0; q < d; ++q, x += REGISTERS)
+#pragma GCC unroll 8
+            for (int j = 0; j < N; ++j)
+#pragma GCC unroll 8
+                for (int m = 0; m < REGISTERS; ++m) score[j][m] += x[m] * y[j * d + q];
+        const float inverse = 1 / soft.epsilon, reach = NEGLIGIBLE * soft.epsilon;
+#pragma GCC unroll 8
+        for (int m = 0; m < REGISTERS; ++m) {
+            V most = score[0][m];
+#pragma GCC unroll 8
+            for (int j = 1; j < N; ++j) most = larger(most, score[j][m]);
+            if (!any(most > panel.top[m] - reach)) continue;
+            const V top = larger(most, panel.top[m]);
+            V sum = panel.sum[m] * exponential((panel.top[m] - top) * inverse);
+#pragma GCC unroll 8
+            for (int j = 0; j < N; ++j) sum += exponential((score[j][m] - top) * inverse);
+            panel.top[m] = top;
+            panel.sum[m] = sum;
+        }
+    }
+
+    void tile(Panel& panel, int64_t a, int64_t end) const {
+        for (; a + GROUP <= end; a += GROUP) group<GROUP>(panel, a);
+        for (; a < end; ++a) group<1>(panel, a);
+    }
+
+    void store(const Panel& panel) const {
+        const int64_t rows = std::min<int64_t>(ROWS, request.draws - panel.first);
+        for (int64_t row = 0; row < rows; ++row) {
+            const double sum = panel.sum[row / LANES][row % LANES], top = panel.top[row / LANES][row % LANES];
+            soft.logsumexp[panel.first + row] = top + double(soft.epsilon) * std::log(sum);
+        }
+    }
+};
+
+void soften(const Soft& soft) {
+    if (soft.request.draws) sweep(Softmax{soft.request, soft});
 }
 
 void search(const Request& request) {

@@ -13,7 +13,7 @@ from distot.assign import NAMES, Assigner, Winners, build
 from distot.assign.auto import Auto
 from distot.assign.likely import Likely
 from distot.assign.lists import Lists
-from distot.assign.native import Native
+from distot.assign.native import Native, logsumexp
 from distot.errors import InputError
 from distot.orbit import Orbit, Symmetry
 
@@ -242,6 +242,17 @@ class TestLists(Contract):
         assert torch.equal(found.index, native(x, heights, 200).index)
 
 
+@pytest.mark.parametrize("isa", available())
+@pytest.mark.parametrize("epsilon", [1e-6, 0.01, 0.5, 1e3])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (25, 7, 3), (300, 5001, 20)])
+def test_logsumexp(shape: tuple[int, int, int], epsilon: float, isa: str) -> None:
+    """From one atom that has all to all atoms alike; as exact as float32 scores allow."""
+    x, atoms, heights = problem(*shape, 1.0, 3)
+    found = logsumexp(atoms, x, heights, epsilon, isa)
+    truth = epsilon * torch.logsumexp(scores(x, atoms, heights.float()) / epsilon, dim=1)
+    assert torch.allclose(found, truth, rtol=1e-6, atol=2e-5 + 1e-6 * epsilon)
+
+
 class TestAuto(Contract):
     name = "auto"
 
@@ -256,7 +267,7 @@ class TestAuto(Contract):
             search, heights = Auto(atoms), -0.5 * atoms.square().sum(1)
             x = torch.randn(4000, d, generator=torch.Generator().manual_seed(1))
             truth = Native(atoms)(x, heights, 2)
-            for _ in range(3):
+            for _ in range(4):
                 assert torch.equal(search(x, heights, 2).index, truth.index)
             assert search.name == name
             assert "of the time of native" in search.why

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from distot._native import available, search
+from distot import _native
 from distot.assign import Exact, Winners
 from distot.errors import InputError
 from distot.orbit import Orbits, points
@@ -16,14 +16,14 @@ TURNED_BYTES = 256 << 20  # for atoms as an orbit's blocks see them; kept if all
 
 
 class Native(Exact):
-    """``isa``: instruction set, one of ``available()``, the best if None. It uses torch's thread count."""
+    """``isa``: instruction set, one of ``_native.available()``, the best if None. It uses torch's thread count."""
 
     name = "native"
 
     def __init__(self, atoms: Tensor, isa: str | None = None) -> None:
         if atoms.device.type != "cpu":
             raise InputError(f"the native assigner searches on the CPU, the atoms are on {atoms.device}; use 'dense'")
-        self.isa = isa or available()[0]
+        self.isa = isa or _native.available()[0]
         self.atoms = atoms.contiguous()
         self._basis: Tensor | None = None
         self._turned = self.atoms[:, None]  # (n, g, w), if there is a basis
@@ -37,7 +37,7 @@ class Native(Exact):
         near = Winners(torch.empty(len(x), k, dtype=torch.int64), torch.empty(len(x), k))
         for atoms in pieces:
             own, threads = h[first : first + len(atoms)], torch.get_num_threads()
-            search(draws, atoms, own, threads, self.isa, near.index, near.score, first, more=first > 0)
+            _native.search(draws, atoms, own, threads, self.isa, near.index, near.score, first, more=first > 0)
             first += len(atoms)
         return near
 
@@ -52,3 +52,14 @@ class Native(Exact):
             if len(turned) == len(self.atoms):
                 self._basis, self._turned = basis, turned
             yield turned
+
+
+def logsumexp(atoms: Tensor, x: Tensor, heights: Tensor, epsilon: float, isa: str | None = None) -> Tensor:
+    """epsilon log sum_i exp((<x, y_i> + h_i) / epsilon) over all atoms (n, d) for samples x (B, d), (B,) float64.
+
+    A pass like that of the search: only groups of atoms within 40 epsilon of a sample's best are exponentiated.
+    """
+    out, threads = torch.empty(len(x), dtype=torch.float64), torch.get_num_threads()
+    draws, rows, h = x.contiguous()[:, None], atoms.contiguous()[:, None], heights.float().contiguous()
+    _native.logsumexp(draws, rows, h, threads, isa or _native.available()[0], epsilon, out)
+    return out
