@@ -14,6 +14,7 @@ from distot.assign import Winners
 from distot.assign.faiss import split
 from distot.assign.native import Native
 from distot.errors import InputError
+from distot.target import blocks
 
 ITERATIONS = 5  # of k-means
 PRIOR = 20.0  # wins with the common variance added to each list's own
@@ -39,9 +40,14 @@ class Groups:
         self.place = torch.empty_like(order).index_copy_(0, order, torch.arange(n))
         self.sizes = torch.from_numpy(np.bincount(node))
         self.starts = torch.nn.functional.pad(self.sizes.cumsum(0), (1, 0))
-        covariance = torch.cov(atoms.double().T, correction=0).reshape(atoms.shape[1], -1)
-        self.axes = torch.linalg.eigh(covariance).eigenvectors.float()
-        self.middle = self.sums(self.atoms @ self.axes) / self.sizes[:, None]  # (K, d) float64, centroids as w
+        centroid = self.sums(self.atoms) / self.sizes[:, None]
+        mean = (self.sizes.double() / n) @ centroid
+        scatter = torch.zeros(len(mean), len(mean), dtype=torch.float64)
+        for rows in blocks(n):
+            away = atoms[rows].double() - mean
+            scatter += away.T @ away
+        self.axes = torch.linalg.eigh(scatter).eigenvectors.float()
+        self.middle = centroid @ self.axes.double()  # (K, d) float64, centroids as w
 
     def list_of(self, index: Tensor) -> Tensor:
         """The lists of atoms (B,)."""
@@ -53,7 +59,7 @@ class Groups:
 
     def sums(self, values: Tensor) -> Tensor:
         """Values of atoms (n, ...) summed over each list (K, ...), float64."""
-        return torch.from_numpy(np.add.reduceat(values.double().numpy(), self.starts[:-1].numpy(), axis=0))
+        return torch.from_numpy(np.add.reduceat(values.numpy(), self.starts[:-1].numpy(), axis=0, dtype=np.float64))
 
     def largest(self, values: Tensor) -> Tensor:
         """The largest of values of atoms (n,) in each list (K,)."""

@@ -20,6 +20,7 @@ from distot.assign import Exact, Winners
 from distot.assign.groups import Groups, Routes, Won
 from distot.assign.native import Native
 from distot.orbit import Orbits, points
+from distot.target import blocks
 
 LISTS = 4.0  # times the root of n
 SCALES = 2.0 ** torch.arange(-4, 4, dtype=torch.float64)  # tried for s
@@ -63,13 +64,15 @@ class Lists(Exact):
         """Chooses x_c, B and s of the bounds; s so that few of the samples z, with this k-th best score, visit."""
         groups, h = self.groups, heights.double()[self.groups.order]
         slope, reach = self.won.slope(), self.won.centres()
-        away = (groups.atoms @ groups.axes).double() - groups.spread(groups.middle)
-        linear, square = (away * groups.spread(reach)).sum(1), 0.5 * (away.square() / slope).sum(1)
+        node, linear, square = groups.spread(torch.arange(len(reach))), torch.empty_like(h), torch.empty_like(h)
+        for rows in blocks(len(h)):
+            away = (groups.atoms[rows] @ groups.axes).double() - groups.middle[node[rows]]
+            linear[rows], square[rows] = (away * reach[node[rows]]).sum(1), 0.5 * (away.square() / slope).sum(1)
         loss = 0.5 * (z**2 @ slope + (reach**2 @ slope)[:, None]) - (reach * slope) @ z.T  # ½ (x - x_c)' B (x - x_c)
         plane = groups.middle @ z.T - score
         visits = [(plane + s * loss + groups.largest(h + linear + square / s)[:, None] >= 0).sum(1) for s in SCALES]
         scale = SCALES[torch.stack(visits).argmin(0)]
-        self.slope, self.offset = slope, linear + square / groups.spread(scale)
+        self.slope, self.offset = slope, linear + square / scale[node]
         self.bias = 0.5 * scale * (reach**2 @ slope)
         direction = groups.middle - scale[:, None] * slope * reach
         self.way = torch.cat([direction, scale[:, None], torch.ones(len(scale), 1)], 1)  # of (z, ½ z' B z, slack)
