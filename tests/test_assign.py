@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -15,7 +17,7 @@ from distot.assign.likely import Likely
 from distot.assign.lists import Lists
 from distot.assign.native import Native, logsumexp
 from distot.errors import InputError
-from distot.orbit import Orbit, Symmetry
+from distot.orbit import Orbit, Orbits, Symmetry
 
 
 def scores(x: Tensor, atoms: Tensor, heights: Tensor) -> Tensor:
@@ -253,6 +255,17 @@ def test_logsumexp(shape: tuple[int, int, int], epsilon: float, isa: str) -> Non
     assert torch.allclose(found, truth, rtol=1e-6, atol=2e-5 + 1e-6 * epsilon)
 
 
+class Late:
+    """An assigner made slow."""
+
+    def __init__(self, search: Assigner) -> None:
+        self.search, self.name, self.why, self.exact = search, search.name, search.why, search.exact
+
+    def __call__(self, x: Tensor | Orbits, heights: Tensor, k: int = 2) -> Winners:
+        time.sleep(0.1)
+        return self.search(x, heights, k)
+
+
 class TestAuto(Contract):
     name = "auto"
 
@@ -260,17 +273,17 @@ class TestAuto(Contract):
         search = Auto(torch.zeros(40, 2))
         assert (search.name, search.why) == ("native", "nothing else to choose")
 
-    def test_takes_lists_where_they_are_faster(self) -> None:
-        """In one dimension a sample needs a hundredth of the atoms; in 64 it needs nearly all."""
-        for d, name in ((1, "lists"), (64, "native")):
-            atoms = torch.randn(200_000 if d == 1 else 6000, d, generator=torch.Generator().manual_seed(0))
-            search, heights = Auto(atoms), -0.5 * atoms.square().sum(1)
-            x = torch.randn(4000, d, generator=torch.Generator().manual_seed(1))
-            truth = Native(atoms)(x, heights, 2)
-            for _ in range(4):
-                assert torch.equal(search(x, heights, 2).index, truth.index)
-            assert search.name == name
-            assert "of the time of native" in search.why
+    @pytest.mark.parametrize("slow", ["plain", "rival"])
+    def test_takes_the_faster_and_drops_the_slower(self, slow: str) -> None:
+        atoms, x = torch.randn(5000, 2), torch.randn(100, 2)
+        search, heights = Auto(atoms), -0.5 * atoms.square().sum(1)
+        truth = Native(atoms)(x, heights, 2)
+        setattr(search, slow, Late(getattr(search, slow)))
+        for _ in range(5):
+            assert torch.equal(search(x, heights, 2).index, truth.index)
+        assert search.name == ("lists" if slow == "plain" else "native")
+        assert (search.rival is None) == (slow == "rival")
+        assert "of the time of native for 100 samples" in search.why
 
     def test_only_with_a_recall_may_it_miss(self) -> None:
         atoms = torch.randn(5000, 8)

@@ -53,10 +53,6 @@ class Groups:
         """The lists of atoms (B,)."""
         return torch.searchsorted(self.starts, self.place[index], right=True) - 1
 
-    def spread(self, values: Tensor) -> Tensor:
-        """Values of lists (K, ...) -> of their atoms (n, ...)."""
-        return values.repeat_interleave(self.sizes, 0)
-
     def sums(self, values: Tensor) -> Tensor:
         """Values of atoms (n, ...) summed over each list (K, ...), float64."""
         return torch.from_numpy(np.add.reduceat(values.numpy(), self.starts[:-1].numpy(), axis=0, dtype=np.float64))

@@ -64,7 +64,8 @@ class Lists(Exact):
         """Chooses x_c, B and s of the bounds; s so that few of the samples z, with this k-th best score, visit."""
         groups, h = self.groups, heights.double()[self.groups.order]
         slope, reach = self.won.slope(), self.won.centres()
-        node, linear, square = groups.spread(torch.arange(len(reach))), torch.empty_like(h), torch.empty_like(h)
+        node = torch.arange(len(reach)).repeat_interleave(groups.sizes)
+        linear, square = torch.empty_like(h), torch.empty_like(h)
         for rows in blocks(len(h)):
             away = (groups.atoms[rows] @ groups.axes).double() - groups.middle[node[rows]]
             linear[rows], square[rows] = (away * reach[node[rows]]).sum(1), 0.5 * (away.square() / slope).sum(1)
