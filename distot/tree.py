@@ -42,6 +42,8 @@ def grow(atoms: Tensor, mass: Array, seed: int, poll: Callable[[], None]) -> lis
 
     Raises InputError if FAISS is not installed.
     """
+    if not widths(len(atoms)):
+        return []
     from distot.assign.faiss import split
 
     rows, weight = atoms.cpu().numpy(), torch.as_tensor(mass, device=atoms.device)

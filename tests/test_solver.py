@@ -188,7 +188,8 @@ class TestEntropic:
     @pytest.mark.parametrize("epsilon", [0.1, 1.0])
     def test_agrees_with_sinkhorn(self, epsilon: float) -> None:
         """Heights, transport cost and dual value of POT's Sinkhorn between an array source and weighted latents."""
-        x, y, nu = RNG.standard_normal((400, 3)), RNG.standard_normal((30, 3)) * [1, 2, 0.5] + 1, RNG.random(30) + 0.2
+        rng = np.random.default_rng(1)
+        x, y, nu = rng.standard_normal((400, 3)), rng.standard_normal((30, 3)) * [1, 2, 0.5] + 1, rng.random(30) + 0.2
         nu /= nu.sum()
         cost = 0.5 * ((x[:, None] - y) ** 2).sum(2)
         plan, log = ot.bregman.sinkhorn_log(np.full(400, 1 / 400), nu, cost, epsilon, 100_000, 1e-11, log=True)
