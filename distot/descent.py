@@ -50,7 +50,8 @@ def advance(
             each(x, near)
         counted = optim.count(near, temperature, n)
         tally = counted if tally is None else tally + counted
-        searched.append((x, near.score[:, 0]))
+        if sum(len(potential) for _, potential in searched) < LIFT_SAMPLES * n:
+            searched.append((x, near.score[:, 0]))
     assert tally is not None
     work = round(tally.pairs.shape[1] * orbit.work)
     epsilon = 0.0 if soft is None else soft.epsilon

@@ -55,6 +55,33 @@ struct Aligned {
 template <class T>
 using Buffer = std::vector<T, Aligned<T>>;
 
+// Puts a row of numbers into a panel of ``rows`` rows, where a coordinate of all of them is contiguous.
+inline void place(V* panel, int64_t rows, int64_t row, const float* from, int64_t width) {
+    float* to = reinterpret_cast<float*>(panel);
+    for (int64_t q = 0; q < width; ++q) to[q * rows + row] = from[q];
+}
+
+// sum <- sum + products of the rows of a panel with N atoms, which are ``stride`` numbers apart.
+template <int N, int REGISTERS>
+[[gnu::always_inline]] inline void multiply(V (&sum)[N][REGISTERS], const V* x, const float* y, int64_t width,
+                                            int64_t stride) {
+    for (int64_t q = 0; q < width; ++q, x += REGISTERS)
+#pragma GCC unroll 8
+        for (int j = 0; j < N; ++j)
+#pragma GCC unroll 8
+            for (int m = 0; m < REGISTERS; ++m) sum[j][m] += x[m] * y[j * stride + q];
+}
+
+// The scores of the rows of a panel with atoms a to a + N - 1, which lie in a row each.
+template <int N, int REGISTERS>
+[[gnu::always_inline]] inline void scores(V (&score)[N][REGISTERS], const V* x, const Request& r, int64_t a) {
+#pragma GCC unroll 8
+    for (int j = 0; j < N; ++j)
+#pragma GCC unroll 8
+        for (int m = 0; m < REGISTERS; ++m) score[j][m] = all(r.heights[a + j]);
+    multiply(score, x, r.atoms + a * r.width, r.width, r.width);
+}
+
 // The k best of each of some rows, best first.
 struct Best {
     int k;
@@ -96,7 +123,7 @@ struct Best {
 template <bool LISTED>
 struct Plain {
     static constexpr int REGISTERS = LANES == 16 ? 4 : 3, GROUP = LANES == 16 ? 6 : 4;
-    static constexpr int ROWS = REGISTERS * LANES, POINTS = 1;
+    static constexpr int ROWS = REGISTERS * LANES;
 
     const Request& request;
     struct Panel {
@@ -114,32 +141,19 @@ struct Plain {
         const int64_t rows = std::min<int64_t>(ROWS, request.draws - first);
         panel.first = first;
         panel.best.load(request, first, rows);
-        for (int64_t row = 0; row < ROWS; ++row) place(panel, row, first + std::min(row, rows - 1));
+        for (int64_t row = 0; row < ROWS; ++row) admit(panel, row, first + std::min(row, rows - 1));
     }
 
-    // Puts a sample into a row of the panel.
-    void place(Panel& panel, int64_t row, int64_t sample) const {
-        float* to = reinterpret_cast<float*>(panel.x.data());
-        const float* from = request.x + sample * request.width;
-        for (int64_t q = 0; q < request.width; ++q) to[q * ROWS + row] = from[q];
+    // Puts a sample into a row of the panel, whose best are there already.
+    void admit(Panel& panel, int64_t row, int64_t sample) const {
+        place(panel.x.data(), ROWS, row, request.x + sample * request.width, request.width);
         panel.limit[row / LANES][row % LANES] = panel.best.last(row);
     }
 
     template <int N>
     void group(Panel& panel, int64_t a) const {
-        const int64_t d = request.width;
-        const float* y = request.atoms + a * d;
         V score[N][REGISTERS];
-#pragma GCC unroll 8
-        for (int j = 0; j < N; ++j)
-#pragma GCC unroll 8
-            for (int m = 0; m < REGISTERS; ++m) score[j][m] = all(request.heights[a + j]);
-        const V* x = panel.x.data();
-        for (int64_t q = 0; q < d; ++q, x += REGISTERS)
-#pragma GCC unroll 8
-            for (int j = 0; j < N; ++j)
-#pragma GCC unroll 8
-                for (int m = 0; m < REGISTERS; ++m) score[j][m] += x[m] * y[j * d + q];
+        scores(score, panel.x.data(), request, a);
         Mask hit{};
 #pragma GCC unroll 8
         for (int m = 0; m < REGISTERS; ++m) {
@@ -214,12 +228,9 @@ struct Orbits {
         panel.best.load(request, first * POINTS, std::min<int64_t>(ROWS, request.draws - first) * POINTS);
         for (int64_t row = 0; row < ROWS; ++row)
             for (int i = 0; i < G; ++i) raise(panel, row, i);
-        float* to = reinterpret_cast<float*>(panel.x.data());
         const int64_t length = G * request.width;
-        for (int64_t row = 0; row < ROWS; ++row) {
-            const float* from = request.x + std::min(first + row, request.draws - 1) * length;
-            for (int64_t q = 0; q < length; ++q) to[q * ROWS + row] = from[q];
-        }
+        for (int64_t row = 0; row < ROWS; ++row)
+            place(panel.x.data(), ROWS, row, request.x + std::min(first + row, request.draws - 1) * length, length);
     }
 
     static void raise(Panel& panel, int64_t row, int i) {
@@ -251,13 +262,9 @@ struct Orbits {
         const float* y = request.atoms + a * length;
         V p[N][REGISTERS][G];
         const V* x = panel.x.data();
-        for (int b = 0; b < G; ++b, y += width) {
+        for (int b = 0; b < G; ++b, y += width, x += width * REGISTERS) {
             V sum[N][REGISTERS] = {};
-            for (int64_t q = 0; q < width; ++q, x += REGISTERS)
-#pragma GCC unroll 8
-                for (int j = 0; j < N; ++j)
-#pragma GCC unroll 8
-                    for (int m = 0; m < REGISTERS; ++m) sum[j][m] += x[m] * y[j * length + q];
+            multiply(sum, x, y, width, length);
 #pragma GCC unroll 8
             for (int j = 0; j < N; ++j)
 #pragma GCC unroll 8
@@ -338,11 +345,8 @@ struct Guide {
         : lists(lists), rows(rows), guide(lists.width * rows / LANES), route(AHEAD * rows / LANES) {}
 
     void load(int64_t first, int64_t count) {
-        float* to = reinterpret_cast<float*>(guide.data());
-        for (int64_t row = 0; row < rows; ++row) {
-            const float* from = lists.guide + (first + std::min(row, count - 1)) * lists.width;
-            for (int64_t q = 0; q < lists.width; ++q) to[q * rows + row] = from[q];
-        }
+        for (int64_t row = 0; row < rows; ++row)
+            place(guide.data(), rows, row, lists.guide + (first + std::min(row, count - 1)) * lists.width, lists.width);
     }
 
     template <int N>
@@ -401,7 +405,7 @@ void visit(const Plain<true>& kernel) {
                         const int64_t who = visitors[from + std::min(row, filled - 1)];
                         std::copy_n(&best.score[who * r.k], r.k, &panel.best.score[row * r.k]);
                         std::copy_n(&best.index[who * r.k], r.k, &panel.best.index[row * r.k]);
-                        kernel.place(panel, row, first + who);
+                        kernel.admit(panel, row, first + who);
                     }
                     kernel.tile(panel, start, end);
                     for (int64_t row = 0; row < filled; ++row) {
@@ -451,29 +455,16 @@ struct Softmax {
 
     void load(Panel& panel, int64_t first) const {
         panel.first = first;
-        float* to = reinterpret_cast<float*>(panel.x.data());
-        for (int64_t row = 0; row < ROWS; ++row) {
-            const float* from = request.x + std::min(first + row, request.draws - 1) * request.width;
-            for (int64_t q = 0; q < request.width; ++q) to[q * ROWS + row] = from[q];
-        }
+        const int64_t width = request.width;
+        for (int64_t row = 0; row < ROWS; ++row)
+            place(panel.x.data(), ROWS, row, request.x + std::min(first + row, request.draws - 1) * width, width);
         for (int m = 0; m < REGISTERS; ++m) panel.top[m] = all(-FLT_MAX / 4), panel.sum[m] = V{};
     }
 
     template <int N>
     void group(Panel& panel, int64_t a) const {
-        const int64_t d = request.width;
-        const float* y = request.atoms + a * d;
         V score[N][REGISTERS];
-#pragma GCC unroll 8
-        for (int j = 0; j < N; ++j)
-#pragma GCC unroll 8
-            for (int m = 0; m < REGISTERS; ++m) score[j][m] = all(request.heights[a + j]);
-        const V* x = panel.x.data();
-        for (int64_t q = 0; q < d; ++q, x += REGISTERS)
-#pragma GCC unroll 8
-            for (int j = 0; j < N; ++j)
-#pragma GCC unroll 8
-                for (int m = 0; m < REGISTERS; ++m) score[j][m] += x[m] * y[j * d + q];
+        scores(score, panel.x.data(), request, a);
         const float inverse = 1 / soft.epsilon, reach = NEGLIGIBLE * soft.epsilon;
 #pragma GCC unroll 8
         for (int m = 0; m < REGISTERS; ++m) {
