@@ -13,7 +13,7 @@ typedef float V __attribute__((vector_size(LANES * 4)));
 
 int main() {
     V a[12], x = V{} + 1.0000001f, y = V{} + 1e-9f;
-    for (int i = 0; i < 12; ++i) a[i] = V{} + i;
+    for (int i = 0; i < 12; ++i) a[i] = V{} + float(i);
     double best = 0;
     for (int repeat = 0; repeat < 5; ++repeat) {
         const long rounds = 20000000;
