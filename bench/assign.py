@@ -142,9 +142,9 @@ def table(quick: bool) -> None:
 def of_run(path: str, recall: float) -> None:
     """Rates and recall of the CPU's candidates on the problem of a run."""
     solution = distot.load(path)
-    problem, heights = solution.problem, solution._progress.state.average
+    problem, heights = solution.problem, solution.held.progress.state.average
     atoms, n, d = problem.target.atoms, problem.target.n, problem.target.dim
-    x = torch.cat([points(part) for part in problem.batch(Stream.CERTIFY, 1, 65_536)])[:65_536]
+    x = torch.cat([points(part) for _, part in problem.batch(Stream.CERTIFY, 1, 65_536)])[:65_536]
     few = x[: max(1024, min(len(x), int(EFFORT / (2 * n * d))))]
     native, auto = Native(atoms), Auto(atoms, recall)
     lines = [
@@ -161,7 +161,7 @@ def of_run(path: str, recall: float) -> None:
     truth = native(few, heights, 2)
     base = len(few) / seconds(lambda: native(few, heights, 2))
     line("native", base, base, 1, 1)
-    orbits = next(iter(problem.batch(Stream.CERTIFY, 2, len(few))))
+    _, orbits = next(iter(problem.batch(Stream.CERTIFY, 2, len(few))))
     if problem.basis is not None:
         line("native, orbits", len(orbits) / seconds(lambda: native(orbits, heights, 2)), base, 1, 1)
     for name, lists in (

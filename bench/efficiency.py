@@ -199,7 +199,7 @@ def profile(quick: bool) -> None:
     n, steps = (20_000 if quick else 100_000), 8
     problem = build_problem(patches(n, 32).astype(np.float64))
     mass = torch.as_tensor(problem.target.mass)
-    state = optim.begin(start.normal(problem).heights(problem.target.atoms), 0)
+    state = optim.begin(start.normal(problem).heights(problem.target.atoms), 0, problem.target.split)
     search = Timed(assign.build("auto", problem.target.atoms))
     lines = [f"N = {n:,}, d = 32, patches, {search.name} search.", ""]
     lines += ["| step | samples | seconds | outside the search |", "|---|---|---|---|"]

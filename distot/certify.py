@@ -15,6 +15,7 @@ from torch import Tensor
 
 from distot.assign import Assigner, Winners
 from distot.entropic import Soft, potential, shares
+from distot.grid import Axis
 from distot.masses import LEVEL, Estimate, Masses, upper
 from distot.orbit import points
 from distot.power import Array
@@ -75,17 +76,18 @@ def cell_masses(
 ) -> Masses:
     """Masses of the cells, hard or soft, from at least ``samples`` fresh samples, whole orbits.
 
-    ``each`` gets (samples (B, d) in the frame, winners, their shares (B, k)) by block.
+    ``each`` gets (samples (B, d) in the frame, winners, their shares (B, k)) by portion.
     """
     wanted = max(samples, 2 * problem.orbit.size)
-    masses = Masses(problem.target.n, problem.orbit.size, wanted)
-    for x in problem.batch(stream, step, wanted):
+    masses = Masses(problem.target.split, problem.orbit.size, wanted)
+    for first, x in problem.batch(stream, step, wanted):
         poll()
         near = assigner(x, heights, k=1 if soft is None else soft.top_k)
         share = torch.ones_like(near.score, dtype=torch.float64) if soft is None else shares(near, soft.epsilon)
-        masses.add(near.index, share)
+        masses.add(first, near.index, share)
         if each is not None:
             each(points(x), near, share)
+    masses.sum(problem.grid.sample)
     return masses
 
 
@@ -110,28 +112,36 @@ def certify(
     ``step`` names an independent set of samples. The search is exact: an inexact one overstates (9); so would a
     log-sum-exp over k winners alone, which is why that of a soft certificate runs over all atoms.
     """
-    target, frame, size = problem.target, problem.frame, problem.orbit.size
-    device = heights.device
+    target, frame, size, grid = problem.target, problem.frame, problem.orbit.size, problem.grid
+    split, device = target.split, heights.device
     shift = torch.from_numpy(frame.source_centre - frame.target_centre).to(device)
     half_weight = _half_weights(problem, heights)
-    half, wanted_weight = torch.from_numpy(half_weight).to(device), float(target.mass @ half_weight)
+    wanted_weight = split.axis.total(float(target.mass @ half_weight))
+    half = torch.from_numpy(half_weight).to(device)
     epsilon = 0.0 if soft is None else soft.epsilon * frame.unit
-    entropy = float(target.mass @ np.log(target.mass))
+    entropy = split.axis.total(float(target.mass @ np.log(target.mass)))
     bound, cost, won, plan, left = (Running(size) for _ in range(5))
 
     def each(x: Tensor, near: Winners, share: Tensor) -> None:
-        best = near.score[:, 0].double() if soft is None else potential(target.atoms, x, heights, soft.epsilon)
+        best = near.score[:, 0].double() if soft is None else potential(problem, x, heights, soft.epsilon)
         away = frame.source_scale * x.double()
         bound.add(0.5 * away.square().sum(1) + away @ shift - frame.unit * best)
-        y = frame.target_out(target.atoms[near.index])
-        cost.add((share * 0.5 * (away[:, None] - y + shift).square().sum(2)).sum(1))
-        won.add((share * half[near.index]).sum(1))
+        own = split.place(near.index)
+        paid = share * torch.where(own < split.count, 1.0, 0.0)  # each winner's by the process that owns it
+        own = own.clamp_max(split.count - 1)
+        y = frame.target_out(target.atoms[own])
+        moved = (paid * 0.5 * (away[:, None] - y + shift).square().sum(2)).sum(1)
+        moved, weight = split.axis.sum(torch.stack([moved, (paid * half[own]).sum(1)]))
+        cost.add(moved)
+        won.add(weight)
         plan.add(torch.special.xlogy(share, share).sum(1))
         if soft is not None:
             left.add(1 - ((near.score.double() - best[:, None]) / soft.epsilon).exp().sum(1))
 
     wanted = default_samples(target.n) if samples is None else samples
     masses = cell_masses(problem, assigner.exact, heights, soft, wanted, Stream.CERTIFY, step, poll, each)
+    for running in (bound, cost, won, plan, left):
+        running.sum(grid.sample)
     chi2, m = masses.chi2(target.mass), size * bound.count
     w2, w2_error = 2 * (bound.mean + wanted_weight - epsilon * entropy), 2 * bound.error
     return Certificate(
@@ -140,8 +150,8 @@ def certify(
         chi2=chi2.value,
         chi2_error=chi2.error,
         chi2_upper=upper(chi2, level),
-        empty=int((masses.total == 0).sum()) if soft is None else 0,
-        empty_by_chance=float(np.exp(m * np.log1p(-target.mass)).sum()) if soft is None else 0.0,
+        empty=int(split.axis.total(int((masses.total == 0).sum()))) if soft is None else 0,
+        empty_by_chance=split.axis.total(float(np.exp(m * np.log1p(-target.mass)).sum())) if soft is None else 0.0,
         w2_squared_bound=w2,
         w2_squared_bound_error=w2_error,
         w2_squared_limit=Estimate(w2, w2_error).lower(level),
@@ -159,11 +169,11 @@ def certify(
 
 
 def _half_weights(problem: Problem, heights: Tensor) -> Array:
-    """½ w_i = ½|y_i - source_centre|² + h_i (n,), math (6), with h measured against centred samples."""
+    """½ w_i = ½|y_i - source_centre|² + h_i of own atoms, math (6), with h measured against centred samples."""
     target, frame = problem.target, problem.frame
     shift = torch.from_numpy(frame.source_centre - frame.target_centre)
     out = frame.unit * heights.double().cpu().numpy()
-    for rows in blocks(target.n):
+    for rows in blocks(len(target.atoms)):
         away = frame.target_out(target.atoms[rows]).cpu() - shift
         out[rows] += 0.5 * away.square().sum(1).numpy()
     return out
@@ -179,11 +189,22 @@ class Running:
         self.size, self.count, self.mean, self.squares = size, 0, 0.0, 0.0
 
     def add(self, values: Tensor) -> None:
-        values = values.unflatten(0, (-1, self.size)).mean(dim=1)
-        n, mean = len(values), float(values.mean())
-        apart = mean - self.mean
-        total = self.count + n
-        self.squares += float((values - mean).square().sum()) + apart**2 * self.count * n / total
+        if len(values):
+            values = values.unflatten(0, (-1, self.size)).mean(dim=1)
+            mean = float(values.mean())
+            self._merge(len(values), mean, float((values - mean).square().sum()))
+
+    def sum(self, axis: Axis) -> None:
+        """Makes it that of the values of all processes."""
+        parts = axis.objects((self.count, self.mean, self.squares))
+        self.count, self.mean, self.squares = 0, 0.0, 0.0
+        for count, mean, squares in parts:
+            if count:
+                self._merge(count, mean, squares)
+
+    def _merge(self, n: int, mean: float, squares: float) -> None:
+        apart, total = mean - self.mean, self.count + n
+        self.squares += squares + apart**2 * self.count * n / total
         self.mean += apart * n / total
         self.count = total
 

@@ -1,10 +1,11 @@
 """One step of the descent on any problem: draw a batch, search, update the heights, lift atoms that starve.
 
-Legend: n atoms, d dimension, B samples of a batch.
+Legend: n atoms, d dimension, B samples of a batch. On a grid all processes take the step together.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -22,6 +23,9 @@ LIFT_EVERY = 2  # steps between two looks for starving atoms
 LIFT_WORK = 0.25  # of the step's work may go into it
 LIFT_SAMPLES = 0.2  # an atom, to see how far the starving ones have to rise
 
+Kept = tuple[int, Tensor, Tensor]
+"""Samples of a portion: the number of the first, all of them (B, d), and u_h (B,)."""
+
 
 def advance(
     problem: Problem,
@@ -36,29 +40,32 @@ def advance(
 ) -> State:
     """The state after one more step, whose samples are those of (stream, step); ``poll`` may raise to stop.
 
-    mass: the target's (n,), on the device of the heights. soft: the entropic problem, where no atom starves.
-    ``each`` gets the samples and their winners by block.
+    mass: of own atoms, on the device of the heights. soft: the entropic problem, where no atom starves.
+    ``each`` gets the samples and their winners by portion.
     """
-    n, orbit = problem.target.n, problem.orbit
+    n, orbit, split, grid = problem.target.n, problem.orbit, problem.target.split, problem.grid
+    wanted = schedule.batch(n, orbit.work, state.time)
+    batch = problem.draws(wanted) * orbit.size
     tally: Tally | None = None
-    searched: list[tuple[Tensor | Orbits, Tensor]] = []
+    lifting = soft is None and state.step % LIFT_EVERY == 1 and starves(problem, state, mass)
+    kept: list[Kept] = []
     k, temperature = (2, state.smoothing) if soft is None else (soft.top_k, soft.epsilon)
-    for x in problem.batch(stream, step, schedule.batch(n, orbit.work, state.time)):
+    for first, x in problem.batch(stream, step, wanted):
         poll()
         near = assigner(x, state.heights, k)
         if each is not None:
             each(x, near)
-        counted = optim.count(near, temperature, n)
+        counted = optim.count(near, temperature, split, optim.chosen(first, batch, split))
         tally = counted if tally is None else tally + counted
-        if sum(len(potential) for _, potential in searched) < LIFT_SAMPLES * n:
-            searched.append((x, near.score[:, 0]))
+        if lifting:
+            stride = max(1, int(batch / (LIFT_SAMPLES * n)))
+            some = every(first, stride)
+            kept.append((-(-first // stride), points(x)[some], near.score[some, 0]))
     assert tally is not None
-    work = round(tally.pairs.shape[1] * orbit.work)
+    work = round(batch * orbit.work)
     epsilon = 0.0 if soft is None else soft.epsilon
-    state = optim.update(state, tally, schedule.first_batch(n, orbit.work), mass, work, epsilon)
-    if soft is None and state.step % LIFT_EVERY == 0 and len(hungry := optim.starving(state, mass)):
-        state = lift(problem, state, hungry, searched, LIFT_WORK * work)
-    return state
+    state = optim.update(state, tally, schedule.first_batch(n, orbit.work), mass, work, split, grid, epsilon)
+    return lift(problem, state, optim.starving(state, mass, split), kept, LIFT_WORK * work) if lifting else state
 
 
 def most_work(problem: Problem, state: State) -> float:
@@ -67,23 +74,36 @@ def most_work(problem: Problem, state: State) -> float:
     return schedule.batch(n, work, state.time) * work * (1 + LIFT_WORK) + 1
 
 
-def lift(
-    problem: Problem, state: State, hungry: Tensor, searched: list[tuple[Tensor | Orbits, Tensor]], work: float
-) -> State:
+def every(first: int, stride: int) -> slice:
+    """Of samples that count from ``first``, those whose number is a multiple of ``stride``."""
+    return slice(-first % stride, None, stride)
+
+
+def starves(problem: Problem, state: State, mass: Tensor) -> bool:
+    """Whether any atom does, anywhere."""
+    return problem.grid.target.any(len(optim.starving(state, mass, problem.target.split)) > 0)
+
+
+def lift(problem: Problem, state: State, hungry: Tensor, kept: list[Kept], work: float) -> State:
     """Brings starving atoms half the way to the height at which each would win one of B samples; math 5 c.
 
-    searched: portions of samples with u_h (B,), known from the search of the step; of them LIFT_SAMPLES an atom, or as
-    many as cost ``work`` plain samples. Half the way, again and again, does not pass the height of one win in B, which
-    is too much where B < n.
+    hungry: own ones. kept: samples with u_h, known from the search of the step; so many of them are searched as cost
+    ``work`` plain samples, over all processes.
+
+    Half the way, again and again, does not pass the height of one win in B, which is too much where B < n.
     """
-    n, atoms = problem.target.n, problem.target.atoms[hungry]
-    left = samples = max(1, int(min(LIFT_SAMPLES * n, work * n / len(hungry))))
+    grid, atoms = problem.grid, problem.target.atoms[hungry]
+    starving = grid.target.total(len(hungry))
+    if not starving:
+        return state
+    samples = grid.sample.total(sum(len(x) for _, x, _ in kept))
+    stride = max(1, math.ceil(samples * starving / (work * problem.target.n)))
     reach = torch.full((len(hungry),), -torch.inf, dtype=torch.float64, device=atoms.device)
-    for x, potential in searched:
-        some = points(x)[:left]
-        found = assign.plain(some)(atoms, -potential[: len(some)], k=1).score[:, 0]
-        reach = torch.maximum(reach, found.double())
-        if not (left := left - len(some)):
-            break
+    for first, x, potential in kept:
+        some = every(first, stride)
+        if len(x[some]) and len(hungry):
+            search = assign.plain(x[some].contiguous())
+            reach = torch.maximum(reach, search(atoms, -potential[some], k=1).score[:, 0].double())
+    reach = grid.sample.max(reach)
     heights = state.heights.index_add(0, hungry, 0.5 * (-reach - state.heights[hungry]).clamp_min(0))
-    return optim.lifted(state, heights, round((samples - left) * len(hungry) / n))
+    return optim.lifted(state, heights, round(samples / stride * starving / problem.target.n))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from distot.assign import Winners
 from distot.assign.native import logsumexp
+from distot.problem import Problem
 
 TILE_BYTES = 32 << 20  # scores held at once for an exact log-sum-exp
 
@@ -29,8 +30,18 @@ def shares(near: Winners, epsilon: float) -> Tensor:
     return torch.softmax(near.score.double() / epsilon, dim=1)
 
 
-def potential(atoms: Tensor, x: Tensor, heights: Tensor, epsilon: float) -> Tensor:
-    """epsilon log sum_i exp((<x, y_i> + h_i) / epsilon) over all n atoms, (B,) float64; on a GPU by tiles."""
+def potential(problem: Problem, x: Tensor, heights: Tensor, epsilon: float) -> Tensor:
+    """epsilon log sum_i exp((<x, y_i> + h_i) / epsilon) over all n atoms, (B,) float64; heights: of own ones."""
+    axis = problem.grid.target
+    own = _potential(problem.target.atoms, x, heights, epsilon)
+    if axis.size == 1:
+        return own
+    most = axis.max(own)
+    return most + epsilon * axis.sum(((own - most) / epsilon).exp()).log()
+
+
+def _potential(atoms: Tensor, x: Tensor, heights: Tensor, epsilon: float) -> Tensor:
+    """The same over these atoms; on a GPU by tiles."""
     if atoms.device.type == "cpu":
         return logsumexp(atoms, x, heights, epsilon)
     width = max(1, TILE_BYTES // (8 * max(len(x), 1)))

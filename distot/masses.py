@@ -1,7 +1,8 @@
 """Masses of the cells from orbits, and their squared relative error with an honest error bar; docs/math.md (8), (19).
 
 An orbit is one observation: its points depend on each other, those of two orbits do not. A source without symmetry has
-orbits of one point. Legend: n atoms, S orbits of T points, M = S T samples, k winners that share a sample.
+orbits of one point. Legend: n atoms, S orbits of T points, M = S T samples, k winners that share a sample. On a grid
+every process adds the samples of its column and keeps the masses of its own cells.
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 from scipy import sparse
 from torch import Tensor
 
+from distot.grid import Axis, Split
 from distot.power import Array
 
 LEVEL = 0.95
@@ -33,26 +37,39 @@ class Estimate:
 
 
 class Masses:
-    """What about ``samples`` samples say about the masses of n cells; ``size``: points T of an orbit."""
+    """What ``samples`` samples say about the masses of cells; ``size``: points T of an orbit.
 
-    def __init__(self, n: int, size: int, samples: int) -> None:
-        self.size, self.samples = size, samples
-        self.total: Array = np.zeros(n)  # sum_s c_is, with c_is the share that atom i has of orbit s, 0 <= c_is <= T
-        self.squares: Array = np.zeros(n)  # sum_s c_is²
-        self._kept: list[sparse.csr_array] = []
+    ``sum``, after all of them were added, makes the masses those of the samples of all processes.
+    """
 
-    def add(self, index: Tensor, share: Tensor) -> None:
-        """Whole orbits, one after another: winners (B, k) and their shares (B, k) of each sample, which sum to 1."""
+    def __init__(self, split: Split, size: int, samples: int) -> None:
+        self.split, self.size, self.samples = split, size, samples
+        # sum_s c_is, with c_is the share that atom i has of orbit s, 0 <= c_is <= T; and sum_s c_is²
+        self.total, self.squares = np.zeros(split.count), np.zeros(split.count)
+        self._kept: list[NDArray[np.float64]] = []  # (3, m): orbit, atom, share
+
+    def add(self, first: int, index: Tensor, share: Tensor) -> None:
+        """Whole orbits, one after another, from sample number ``first``: winners (B, k) and their shares (B, k) of each
+        sample, which sum to 1."""
         points, k = index.shape
         row = np.repeat(np.arange(points // self.size, dtype=np.int64), self.size * k)
         entries = (share.double().flatten().cpu().numpy(), (row, index.flatten().cpu().numpy()))
-        found = sparse.csr_array(entries, shape=(points // self.size, len(self.total)))
-        self.total += found.sum(axis=0)
-        self.squares += found.power(2).sum(axis=0)
-        self._kept.append(found[:: 1 + self.samples * k // KEPT])
+        found = sparse.csr_array(entries, shape=(points // self.size, self.split.n))
+        own = slice(self.split.first, self.split.first + self.split.count)
+        self.total += found.sum(axis=0)[own]
+        self.squares += found.power(2).sum(axis=0)[own]
+        stride, orbit = 1 + self.samples * k // KEPT, first // self.size
+        begin = -orbit % stride
+        kept = found[begin::stride].tocoo()
+        self._kept.append(np.stack([orbit + begin + stride * kept.row, kept.col, kept.data]))
+
+    def sum(self, axis: Axis) -> None:
+        """Adds up what the processes of the sample axis have found."""
+        self.total, self.squares = axis.sum(torch.from_numpy(np.stack([self.total, self.squares]))).numpy()
+        self._kept = [axis.gather(torch.from_numpy(np.concatenate(self._kept, axis=1).T)).T.numpy()]
 
     def chi2(self, mass: Array) -> Estimate:
-        """Unbiased chi2 (19), from pairs of orbits, with its standard error.
+        """Unbiased chi2 (19), from pairs of orbits, with its standard error; mass: of own atoms.
 
         It is a U-statistic with kernel g(s, s') = sum_i c_is c_is' / (T² nu_i) - 1, so its variance is
         (4 (S - 2) z1 + 2 z2) / (S (S - 1)) with z1 = Var E[g | s] and z2 = Var g. z2 is the variance over all pairs of
@@ -61,19 +78,24 @@ class Masses:
 
         Raises ValueError for fewer than two orbits.
         """
-        t, m = self.size, float(self.total.sum())
+        t, axis, n = self.size, self.split.axis, self.split.n
+        m = axis.total(float(self.total.sum()))
         orbits = round(m / t)
         if orbits < 2:
             raise ValueError(f"chi2 needs at least two samples, not {m:.0f}; from orbits of {t}, {2 * t}")
-        pairs = float(((self.total**2 - self.squares) / mass).sum()) / (m * (m - t))
-        kept = sparse.vstack(self._kept, format="csr")
-        mean = (kept @ (self.total / mass) - kept.power(2) @ (1 / mass)) / (t * (m - t))
+        pairs = axis.total(float(((self.total**2 - self.squares) / mass).sum())) / (m * (m - t))
+        orbit, atom, share = np.concatenate(self._kept, axis=1)
+        atoms, column = np.unique(atom.astype(np.int64), return_inverse=True)
+        kept = sparse.csr_array((share, (np.unique(orbit, return_inverse=True)[1], column)))
+        own = torch.from_numpy(np.stack([self.total / mass, 1 / mass], axis=1))
+        weight, inverse = self.split.pick(own, torch.from_numpy(atoms)).T.numpy()
+        mean = (kept @ weight - kept.power(2) @ inverse) / (t * (m - t))
         meetings = float((np.bincount(kept.indices).astype(np.float64) ** 2).sum())
         part = kept[:: int(np.ceil(max(1.0, meetings / MEETINGS) ** 0.5))]
-        met = part @ sparse.diags_array(1 / mass) @ part.T
+        met = part @ sparse.diags_array(inverse) @ part.T
         others = part.shape[0] * (part.shape[0] - 1)
         squares = float((met.data**2).sum() - (met.diagonal() ** 2).sum()) / (others * t**4)
-        z2 = max(squares - pairs**2, (len(mass) - 1.0) / t**2)
+        z2 = max(squares - pairs**2, (n - 1.0) / t**2)
         z1 = max(float(mean.var(ddof=1)) - z2 / (orbits - 1), 0.0)
         return Estimate(pairs - 1, float(np.sqrt((4 * (orbits - 2) * z1 + 2 * z2) / (orbits * (orbits - 1)))))
 

@@ -1,6 +1,7 @@
 """The step: averaged stochastic Newton steps on the facet graph, damped by the margins; docs/math.md (14), (16).
 
-Pure functions from state to state, so that a stop at any moment leaves the last whole state behind.
+Pure functions from state to state, so that a stop at any moment leaves the last whole state behind. On a grid every
+process has the vectors of its own atoms, those of one target row the same ones; its pairs are its own.
 Legend: n atoms, B samples of a batch.
 """
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from distot import entropic, graph
 from distot.assign import Winners
+from distot.grid import Grid, Split
 
 RATE = 0.5  # share of the Newton step that is taken first
 DECAY = 0.5  # steps shrink like (1 + t)^-DECAY
@@ -33,13 +35,15 @@ FULL_STEP = 0.2  # expected wins in a batch from which an atom takes the full st
 
 @dataclass(frozen=True)
 class State:
-    """All that a resumed run needs. Vectors are float64 (n,), in the frame."""
+    """All that a resumed run needs. Vectors are float64, one value for each own atom, in the frame."""
 
     heights: Tensor
     average: Tensor  # the answer
     margin_sum: Tensor  # decayed sum of margins of the samples that each atom won
     margin_count: Tensor  # decayed number of those samples
-    pairs: Tensor  # (2, m) int32, winner and runner-up of m recent samples
+    pairs: tuple[Tensor, ...] = ()  # (2, m) int32, winner and runner-up of samples of recent steps, oldest first
+    drawn: tuple[int, ...] = ()  # how many pairs all processes have of these steps
+    margin: float = 0.0  # tau: the mean margin over all samples, 0 before the first step
     damping: float = DAMPING_FIRST
     floor: float = 0.0  # of the damping, since a step failed
     error: float = 1e30  # chi2 of the heights before the last step, from its batch alone
@@ -48,19 +52,14 @@ class State:
     samples: int = 0  # all search work so far, in plain samples
 
     @property
-    def margin(self) -> float:
-        """tau: the mean margin over all samples, 0 before the first step."""
-        return float(mean_margin(self.margin_sum, self.margin_count)) if float(self.margin_count.sum()) else 0.0
-
-    @property
     def smoothing(self) -> float:
         """Width of the smoothing between best and runner-up in the coming step; 0 means hard winners."""
         return SMOOTHING * self.margin * (1 + self.time) ** (-1 / 3) * (1 + self.time / SMOOTHING_TURN) ** (-2 / 3)
 
 
-def starving(state: State, mass: Tensor) -> Tensor:
-    """Indices of atoms that lately won less than a tenth of the samples they should, where those are at least 2."""
-    expected = mass * state.margin_count.sum()
+def starving(state: State, mass: Tensor, split: Split) -> Tensor:
+    """Own atoms that lately won less than a tenth of the samples they should, where those are at least 2."""
+    expected = mass * split.axis.sum(state.margin_count.sum())
     return ((expected >= 2) & (state.margin_count < 0.1 * expected)).nonzero()[:, 0]
 
 
@@ -74,44 +73,48 @@ def mean_margin(margin_sum: Tensor, margin_count: Tensor) -> Tensor:
     return (counts @ means.clamp(max=OUTLIER * float(means.median()))) / counts.sum()
 
 
-def begin(heights: Tensor, samples: int) -> State:
+def begin(heights: Tensor, samples: int, split: Split) -> State:
     """The first state. Heights are shifted to a median of 0, which a far atom does not move, and stay about there."""
-    heights = heights - heights.median()
+    heights = heights - split.gather(heights).median()
     zero = torch.zeros_like(heights)
-    pairs = torch.empty(2, 0, dtype=torch.int32, device=heights.device)
-    return State(heights, heights, zero, zero, pairs, samples=samples)
+    return State(heights, heights, zero, zero, samples=samples)
 
 
 @dataclass(frozen=True)
 class Tally:
-    """What a batch says about each atom: sums over its samples, float64 (n,); and the pairs (2, B) int32."""
+    """What samples say about each own atom: sums over them, float64; and the pairs (2, m) int32 of some of them."""
 
-    hits: Tensor  # smoothed number of samples won
-    wins: Tensor
-    margins: Tensor  # summed over the samples won
-    pairs: Tensor  # winner and runner-up of each sample
+    sums: Tensor  # (3, own): smoothed number of samples won, number won, margins of those won
+    pairs: Tensor  # winner and runner-up
+    samples: int
 
     def __add__(self, other: Tally) -> Tally:
         pairs = torch.cat([self.pairs, other.pairs], dim=1)
-        return Tally(self.hits + other.hits, self.wins + other.wins, self.margins + other.margins, pairs)
+        return Tally(self.sums + other.sums, pairs, self.samples + other.samples)
 
 
-def count(near: Winners, temperature: float, n: int) -> Tally:
-    """Tally of samples whose k winners are known; they share each sample by a softmax, if the temperature is not 0."""
+def count(near: Winners, temperature: float, split: Split, chosen: slice = slice(None)) -> Tally:
+    """Tally of samples whose k winners are known; they share each sample by a softmax, if the temperature is not 0.
+
+    chosen: the samples whose pairs are kept.
+    """
     best, margin = near.index[:, 0], near.margin
-    if temperature > 0:
-        share = entropic.shares(near, temperature)
-    else:
-        share = torch.zeros_like(near.score, dtype=torch.float64)
-        share[:, 0] = 1.0
-    zero = torch.zeros(n, dtype=torch.float64, device=best.device)
-    hits = zero.index_add(0, near.index.flatten(), share.flatten())
-    wins, margins = zero.index_add(0, best, torch.ones_like(margin)), zero.index_add(0, best, margin)
-    return Tally(hits, wins, margins, near.index[:, :2].T.int())
+    won = split.add(best, torch.stack([torch.ones_like(margin), margin], dim=1)).T
+    soft = split.add(near.index.flatten(), entropic.shares(near, temperature).flatten()) if temperature > 0 else won[0]
+    return Tally(torch.cat([soft[None], won]), near.index[chosen, :2].T.int(), len(best))
 
 
-def update(state: State, tally: Tally, first_batch: int, mass: Tensor, work: int, epsilon: float = 0.0) -> State:
-    """One step of (14) with (16) from the tally of a batch, which cost ``work`` plain samples.
+def update(
+    state: State,
+    tally: Tally,
+    first_batch: int,
+    mass: Tensor,
+    work: int,
+    split: Split,
+    grid: Grid,
+    epsilon: float = 0.0,
+) -> State:
+    """One step of (14) with (16) from the tallies of all processes, whose samples cost ``work`` plain samples.
 
     epsilon: the fixed temperature of the entropic problem, by which facets are wider than the margins say.
     A batch of s first batches is a step of length s: late steps, which are short, may so be taken together.
@@ -119,22 +122,27 @@ def update(state: State, tally: Tally, first_batch: int, mass: Tensor, work: int
     the graph, which is a linear picture, is no longer to be trusted; less of it where they do not. A few atoms may
     still go much too far, as a cell that was empty shows no facets: the next batch tells, and the damping jumps.
     """
-    batch = tally.pairs.shape[1]
+    n, batch = split.n, grid.sample.total(tally.samples)
     span = batch / first_batch
-    margin_sum = MEMORY**span * state.margin_sum + tally.margins
-    margin_count = MEMORY**span * state.margin_count + tally.wins
-    margin = (margin_sum + PRIOR * mean_margin(margin_sum, margin_count)) / (margin_count + PRIOR) + epsilon
-    kept = tally.pairs[:, :: max(1, int(batch / (PAIRS_A_BATCH * len(mass))))]
-    room = int(len(mass) * min(max(0.5 * PAIRS_A_BATCH * state.time, PAIRS_LEAST), PAIRS_MOST))
-    pairs = torch.cat([state.pairs, kept], dim=1)[:, -room:]
+    hits, wins, margins = grid.sample.sum(tally.sums)
+    margin_sum = MEMORY**span * state.margin_sum + margins
+    margin_count = MEMORY**span * state.margin_count + wins
+    every_sum, every_count = split.gather(torch.stack([margin_sum, margin_count], dim=1)).T
+    tau = mean_margin(every_sum, every_count)
+    every = (every_sum + PRIOR * tau) / (every_count + PRIOR) + epsilon
+    drawn = (*state.drawn, int(grid.world.total(tally.pairs.shape[1])))
+    pairs = (*state.pairs, tally.pairs)
+    room = int(n * min(max(0.5 * PAIRS_A_BATCH * state.time, PAIRS_LEAST), PAIRS_MOST))
+    while sum(drawn) - drawn[0] >= room:
+        drawn, pairs = drawn[1:], pairs[1:]
 
-    found = graph.build(pairs, margin)
-    excess = (tally.hits / batch - mass) * (mass * batch / FULL_STEP).clamp(max=1)
+    found, margin = graph.build(torch.cat(pairs, dim=1), every, split, grid.world), split.own(every)
+    excess = (hits / batch - mass) * (mass * batch / FULL_STEP).clamp(max=1)
     newton = found.solve(-excess, (state.damping * mass / margin).float()).double()
-    step = span * RATE * (1 + state.time) ** -DECAY * (newton - mass @ newton)
-    error = float(((tally.wins - 1) * tally.wins / mass).sum()) / (batch * (batch - 1)) - 1
+    step = span * RATE * (1 + state.time) ** -DECAY * (newton - split.axis.sum(mass @ newton))
+    error = float(split.axis.sum(((wins - 1) * wins / mass).sum())) / (batch * (batch - 1)) - 1
     floor, damping = state.floor * MEMORY**span, state.damping * (found.stretch(step) / STRETCH) ** 0.5
-    failed = error > TRUST * max(state.error, 0.0) + NOISE * (2 * len(mass)) ** 0.5 / batch
+    failed = error > TRUST * max(state.error, 0.0) + NOISE * (2 * n) ** 0.5 / batch
     if failed and not epsilon:  # whose soft masses the wins do not show
         floor, damping = max(floor, min(FLOOR * state.damping, 1.0)), BRAKE * state.damping
     time = state.time + span
@@ -146,6 +154,8 @@ def update(state: State, tally: Tally, first_batch: int, mass: Tensor, work: int
         margin_sum,
         margin_count,
         pairs,
+        drawn,
+        float(tau),
         min(max(damping, floor, DAMPING_LEAST), DAMPING_MOST),
         floor,
         error,
@@ -153,6 +163,13 @@ def update(state: State, tally: Tally, first_batch: int, mass: Tensor, work: int
         time,
         state.samples + work,
     )
+
+
+def chosen(first: int, batch: int, split: Split) -> slice:
+    """Of the samples from number ``first`` of a batch on, those whose pairs this process keeps for the graph."""
+    stride = max(1, int(batch / (PAIRS_A_BATCH * split.n)))
+    begin = -first % stride + stride * ((split.axis.rank + -first // stride) % split.axis.size)
+    return slice(begin, None, stride * split.axis.size)
 
 
 def lifted(state: State, heights: Tensor, work: int) -> State:

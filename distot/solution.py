@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from torch import Tensor
 from distot.assign import Assigner
 from distot.certify import Certificate, certify
 from distot.errors import InputError
+from distot.grid import Axis
 from distot.power import Array
 from distot.problem import Problem
 from distot.schedule import Check, Options
@@ -32,30 +36,60 @@ REASONS = {
 }
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a solution without its heights."""
+
+    options: Options
+    shape: tuple[int, int]  # (N, d)
+    samples: int
+    history: tuple[Check, ...]
+    reason: str | None
+    notes: tuple[str, ...]
+    run: Run | None
+
+
+@dataclass(frozen=True)
+class Held:
+    """The rest of a solution: what is in memory."""
+
+    problem: Problem
+    assigner: Assigner
+    progress: Progress
+    latents: Rows
+    mass: NDArray[Any] | None
+
+
 class Solution:
     """Heights of the semi-discrete OT problem between a source and N latents, with all that belongs to them."""
 
-    def __init__(
-        self,
-        problem: Problem,
-        assigner: Assigner,
-        progress: Progress,
-        options: Options,
-        latents: Rows,
-        mass: NDArray[Any] | None,
-        run: Run | None = None,
-        certificate: Certificate | None = None,
-        remarks: tuple[str, ...] = (),
-    ) -> None:
-        self.problem, self.options, self.run = problem, options, run
-        self.notes: tuple[str, ...] = problem.target.notes + remarks
-        self._assigner, self._progress = assigner, progress
-        self._latents, self._mass = latents, mass
-        self._certificate = certificate
+    def __init__(self, facts: Facts, certificate: Certificate | None, hold: Callable[[], Held]) -> None:
+        self._facts, self._certificate, self._hold = facts, certificate, hold
+
+    @cached_property
+    def held(self) -> Held:
+        """Latents and heights; a solution found by other processes reads them on first use."""
+        return self._hold()
+
+    @property
+    def problem(self) -> Problem:
+        return self.held.problem
+
+    @property
+    def options(self) -> Options:
+        return self._facts.options
+
+    @property
+    def run(self) -> Run | None:
+        return self._facts.run
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self._facts.notes
 
     def __repr__(self) -> str:
         return (
-            f"Solution(N={len(self.problem.target.atom_of)}, d={self.problem.target.dim}, samples={self.samples}, "
+            f"Solution(N={self._facts.shape[0]}, d={self._facts.shape[1]}, samples={self.samples}, "
             f"reason={self.reason!r})"
         )
 
@@ -63,7 +97,7 @@ class Solution:
     def heights(self) -> Array:
         """h (N,) float64 in user units with sum_i nu_i h_i = 0; -inf for zero mass; equal latents share one."""
         target = self.problem.target
-        average = self._progress.state.average.cpu().numpy()
+        average = self.held.progress.state.average.cpu().numpy()
         return target.spread(self.problem.frame.heights_out(average, target.tilt, target.mass))
 
     @property
@@ -76,7 +110,7 @@ class Solution:
     @property
     def samples(self) -> int:
         """All search work for the heights, in plain samples: start, steps and looks at chi2, not the certificate."""
-        return self._progress.state.samples
+        return self._facts.samples
 
     @property
     def efficiency(self) -> float:
@@ -87,12 +121,12 @@ class Solution:
     @property
     def history(self) -> tuple[Check, ...]:
         """The looks at chi2 during the solve."""
-        return self._progress.history
+        return self._facts.history
 
     @property
     def reason(self) -> str | None:
         """Why it stopped: "until_chi2" (the goal), "max_samples", "max_seconds", "interrupted"; None if unfinished."""
-        return self._progress.reason
+        return self._facts.reason
 
     @property
     def explanation(self) -> str:
@@ -109,7 +143,8 @@ class Solution:
         if seed_step < 0:
             raise InputError(f"seed_step must be 0 or more, not {seed_step}")
         soft = entropic_part(self.problem, self.options)
-        return certify(self.problem, self._assigner, self._progress.state.average, samples, soft=soft, step=seed_step)
+        held = self.held
+        return certify(held.problem, held.assigner, held.progress.state.average, samples, soft=soft, step=seed_step)
 
     def assign(self, x: ArrayLike | Tensor) -> NDArray[np.int64]:
         """Index of the latent whose power cell holds each sample x (B, d) -> (B,), math (2).
@@ -125,9 +160,9 @@ class Solution:
             raise InputError(f"samples must have shape (B, {target.dim}), not {tuple(values.shape)}")
         if not bool(torch.isfinite(values).all()):
             raise InputError("samples contain NaN or Inf; remove or mend them")
-        heights = self._progress.state.average
+        heights = self.held.progress.state.average
         found = [
-            self._assigner(frame.source_in(part).to(heights.device), heights, k=1).index[:, 0].cpu()
+            self.held.assigner(frame.source_in(part).to(heights.device), heights, k=1).index[:, 0].cpu()
             for part in values.split(BLOCK)
             if len(part)
         ]
@@ -136,21 +171,21 @@ class Solution:
     def map(self, x: ArrayLike | Tensor) -> NDArray[Any]:
         """The OT map T(x) = y_i (B, d), math (5): the latents themselves, in their own dtype."""
         index = self.assign(x)
-        if isinstance(self._latents, Latents):
-            return self._latents.take(index)
-        return np.asarray(self._latents)[index]
+        latents = self.held.latents
+        return latents.take(index) if isinstance(latents, Latents) else np.asarray(latents)[index]
 
     def save(self, path: str | Path) -> Path:
         """Writes a self-contained run folder, with a copy of the latents, for ``distot.load`` and ``distot resume``.
 
         Raises StoreError if ``path`` exists or cannot be written.
         """
-        config, arrays = describe(self.problem, self.options, "latents.zarr", self._mass)
-        run = Run.create(path, config, arrays, (self._latents, None))
+        held, progress = self.held, self.held.progress
+        config, arrays = describe(held.problem, self.options, "latents.zarr", held.mass)
+        run = Run.create(path, config, arrays, (held.latents, None))
         with run.lock():
-            run.save_checkpoint(self._progress.state.step, self._progress.arrays(), self._progress.scalars())
+            run.save_checkpoint(progress.state.step, progress.part(held.problem), progress.scalars(), Axis())
             if self._certificate is not None:
-                run.save_json("certificate.json", self._certificate.to_dict() | {"step": self._progress.state.step})
+                run.save_json("certificate.json", self._certificate.to_dict() | {"step": progress.state.step})
         return run.path
 
 
@@ -176,7 +211,7 @@ def describe(
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "latents": latents,
         "fingerprint": problem.target.fingerprint,
-        "shape": [len(problem.target.atom_of), problem.target.dim],
+        "shape": [problem.target.latents, problem.target.dim],
         "mass": mass is not None,
         "init": False,
         "source": spec,

@@ -11,8 +11,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from distot import descent, optim, schedule, start, tree
 from distot.assign import Assigner
@@ -22,10 +24,11 @@ from distot.optim import State
 from distot.problem import Problem
 from distot.schedule import Check, Options, StopRule
 from distot.source import BLOCK, Stream
+from distot.store import Checkpoint, Part
 from distot.watch import Stop, Watch
 
-SCALARS = ("damping", "floor", "error", "step", "time", "samples")
-ARRAYS = ("heights", "average", "margin_sum", "margin_count", "pairs")
+SCALARS = ("drawn", "margin", "damping", "floor", "error", "step", "time", "samples")
+VECTORS = ("heights", "average", "margin_sum", "margin_count")
 LATE = 2.0  # chi2 over the share of winners that the search may miss, from which on steps are exact
 RESERVE = 0.2  # at most this share of max_seconds is kept for the certificate
 
@@ -41,8 +44,20 @@ class Progress:
     reason: str | None = None  # "until_chi2", "max_samples", "max_seconds", "interrupted"; None while running
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """Arrays of a checkpoint."""
-        return {name: getattr(self.state, name).cpu().numpy() for name in ARRAYS}
+        """Arrays of a checkpoint: vectors of own atoms; own pairs (m, 2), and how many of each step they are."""
+        pairs = self.state.pairs
+        flat = torch.cat(pairs, dim=1).T if pairs else torch.empty(0, 2, dtype=torch.int32)
+        return {name: getattr(self.state, name).cpu().numpy() for name in VECTORS} | {
+            "pairs": flat.cpu().numpy(),
+            "pairs_of_step": np.array([its.shape[1] for its in pairs], dtype=np.int64),
+        }
+
+    def part(self, problem: Problem) -> Part:
+        """What this process writes into a checkpoint; vectors that others have, too, are written once."""
+        split, arrays = problem.target.split, self.arrays()
+        if problem.grid.sample.rank:
+            return Part(0, 0, {name: arrays[name] for name in ("pairs", "pairs_of_step")})
+        return Part(split.first, split.count, arrays)
 
     def scalars(self) -> dict[str, Any]:
         """Scalars of a checkpoint."""
@@ -54,11 +69,23 @@ class Progress:
         }
 
 
-def restore(arrays: dict[str, NDArray[Any]], scalars: dict[str, Any], device: torch.device) -> Progress:
-    """The inverse of ``Progress.arrays`` and ``Progress.scalars``, ready to run on."""
-    tensors = {name: torch.as_tensor(arrays[name], device=device) for name in ARRAYS}
-    numbers = {name: scalars[name] for name in SCALARS}
-    state: dict[str, Any] = tensors | numbers
+def restore(saved: Checkpoint, problem: Problem) -> Progress:
+    """The inverse of ``Progress.arrays`` and ``Progress.scalars`` on any grid, ready to run on.
+
+    A process reads the vectors of its own atoms, and those pairs which fall to it when all are dealt out.
+    """
+    split, world, scalars = problem.target.split, problem.grid.world, saved.scalars
+    device = problem.target.atoms.device
+    own = slice(split.first, split.first + split.count)
+    state: dict[str, Any] = {name: torch.as_tensor(saved.read(name, own), device=device) for name in VECTORS}
+    dealt: list[list[Tensor]] = [[] for _ in scalars["drawn"]]
+    for number, (pairs, lengths) in enumerate(saved.parts("pairs", "pairs_of_step")):
+        begin = (world.rank - number) % world.size
+        for its, part in zip(dealt, torch.from_numpy(pairs).split(lengths.tolist()), strict=True):
+            its.append(part[begin :: world.size].T)
+    state |= {name: scalars[name] for name in SCALARS}
+    state["pairs"] = tuple(torch.cat(its, dim=1).to(device) for its in dealt)
+    state["drawn"] = tuple(scalars["drawn"])
     return Progress(
         State(**state),
         scalars["next_check"],
@@ -71,8 +98,8 @@ def restore(arrays: dict[str, NDArray[Any]], scalars: dict[str, Any], device: to
 def begin(
     problem: Problem, assigner: Assigner, options: Options, watch: Watch, init: NDArray[Any] | None = None
 ) -> Progress:
-    """Gaussian and multilevel start, or the heights ``init`` (n,) in the frame. Stopped early, it returns what is known
-    by then, with the reason."""
+    """Gaussian and multilevel start, or the heights ``init`` of own atoms in the frame. Stopped early, it returns what
+    is known by then, with the reason."""
     n, work, reason, moment = problem.target.n, problem.orbit.work, None, 0.0
     given = start.normal(problem).heights(problem.target.atoms) if init is None else torch.as_tensor(init)
     heights, samples = given.to(problem.target.atoms.device), 0
@@ -91,7 +118,7 @@ def begin(
     except Stop as stop:
         reason = stop.reason
     check = StopRule(n, options.until_chi2, work).first(samples)
-    state = replace(optim.begin(heights, samples), time=moment)
+    state = replace(optim.begin(heights, samples, problem.target.split), time=moment)
     return Progress(state, check, started=reason is None, reason=reason)
 
 
@@ -101,7 +128,7 @@ def iterate(problem: Problem, assigner: Assigner, options: Options, watch: Watch
     mass = torch.as_tensor(problem.target.mass, device=device)
     rule, soft = StopRule(n, options.until_chi2, work), entropic_part(problem, options)
     limit = float("inf") if options.max_samples is None else options.max_samples
-    told = assigner.why
+    told, meter = assigner.why, problem.grid.meter
     try:
         while True:
             state = progress.state
@@ -130,9 +157,11 @@ def iterate(problem: Problem, assigner: Assigner, options: Options, watch: Watch
                 samples_per_second=round(1 / watch.seconds_per_sample, 1),
                 margin=state.margin * problem.frame.unit,
                 wanted=wanted if (wanted := min(limit, rule.wanted(progress.history))) < float("inf") else None,
+                sent=meter.bytes,
+                waited=round(meter.seconds, 3),
             )
             if watch.due():
-                watch.save(state.step, progress.arrays(), progress.scalars())
+                watch.save(state.step, progress.part(problem), progress.scalars())
     except Stop as stop:
         return replace(progress, reason=stop.reason)
 
@@ -157,7 +186,7 @@ def look(
     """Estimates chi2 of the average on ``size`` fresh samples and adds it to the history."""
     state, history = progress.state, progress.history
     masses = cell_masses(problem, assigner.exact, state.average, soft, size, Stream.CHECK, len(history), poll)
-    spent = round(float(masses.total.sum()) * problem.orbit.work)
+    spent = round(max(problem.draws(size), 2) * problem.orbit.size * problem.orbit.work)
     history += (rule.judge(masses.chi2(problem.target.mass), state.samples, spent, state.step, history),)
     state = replace(state, samples=state.samples + spent)
     return replace(progress, state=state, history=history, next_check=rule.next(history))
@@ -177,6 +206,7 @@ def conclude(problem: Problem, assigner: Assigner, options: Options, progress: P
     if watch.deadline is not None and watch.seconds_per_sample:
         affordable = int((watch.deadline - time.monotonic()) / watch.seconds_per_sample)
         samples = max(min(samples, BLOCK), min(samples, affordable))
+    samples = problem.grid.world.objects(samples)[0]
     watch.tell("certify", samples=samples)
     soft = entropic_part(problem, options)
     return certify(problem, assigner, progress.state.average, samples, soft=soft)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -56,14 +57,23 @@ class Key(NamedTuple):
 def uniforms(key: Key, n: int, columns: int) -> Tensor:
     """Numbers in the open unit interval (n, columns), evenly spread over a step for START and STEP."""
     if key.stream in (Stream.START, Stream.STEP) and columns <= SobolEngine.MAXDIM:
-        sequence = np.random.SeedSequence(key.seed, spawn_key=(key.stream, key.step))
-        scramble = int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
-        engine = SobolEngine(columns, scramble=True, seed=scramble)
-        if key.first:
-            engine.fast_forward(key.first)
+        engine = _sobol(key.seed, key.stream, key.step, columns).reset()
+        if key.first:  # engine.fast_forward would take the points one by one
+            last, engine.num_generated = key.first - 1, key.first
+            for bit in range(last.bit_length()):
+                if (last ^ last >> 1) >> bit & 1:
+                    engine.quasi ^= engine.sobolstate[:, bit]
         return engine.draw(n, dtype=torch.float64) + 0.5 * 2.0**-SobolEngine.MAXBIT
     u = key.generator().random((n, columns))
     return torch.from_numpy(np.maximum(u, 2.0**-54))
+
+
+@lru_cache(maxsize=1)
+def _sobol(seed: int, stream: Stream, step: int, columns: int) -> SobolEngine:
+    """The scrambled points of a step, from the first one on."""
+    sequence = np.random.SeedSequence(seed, spawn_key=(stream, step))
+    scramble = int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
+    return SobolEngine(columns, scramble=True, seed=scramble)
 
 
 class Source(ABC):

@@ -15,11 +15,12 @@ from torch import Tensor
 from distot import assign, descent, optim, schedule, tree
 from distot.assign import Assigner, Winners
 from distot.entropic import Soft
+from distot.grid import Grid, Split
 from distot.orbit import Orbits, points
 from distot.power import Array
 from distot.problem import Problem
 from distot.source import Stream
-from distot.target import blocks
+from distot.target import ROWS, blocks
 from distot.tree import Level
 
 CLAMP = 1e-12  # smallest eigenvalue of S0^½ S S0^½, relative to the largest
@@ -71,27 +72,29 @@ def work(n: int, orbit_work: float) -> int:
 
 
 def multilevel(problem: Problem, assigner: str, poll: Callable[[], None]) -> tuple[Tensor, int]:
-    """Heights (n,) float64 and the work for them: solves for ever more centroids, then refines to the atoms.
+    """Heights of own atoms, float64, and the work for them: solves for ever more centroids, then refines to the atoms.
 
     ``poll`` is called between batches and may raise to stop.
     """
     guess = normal(problem)
-    levels = tree.grow(problem.target.atoms, problem.target.mass, problem.seed, poll)
-    samples = float(tree.work(problem.target.n))
+    grown = tree.grow(problem.target, problem.grid, problem.seed, poll)
+    levels, samples = grown.levels, float(tree.work(problem.target.n))
     if not levels:
         return guess.heights(problem.target.atoms), 0
     heights = guess.heights(levels[0].atoms)
     for number, level in enumerate(levels):
-        finer = levels[number + 1].atoms if number + 1 < len(levels) else problem.target.atoms
-        coarse = replace(problem, target=problem.target.replaced(level.atoms, level.mass))
+        finer = levels[number + 1].atoms if number + 1 < len(levels) else grown.leaves
+        coarse = replace(problem, target=problem.target.replaced(level.atoms, level.mass, level.split))
+        if level.split.axis.size == 1:
+            coarse = replace(coarse, grid=Grid())  # every process solves it for itself
         heights, centres, spent = _solve(coarse, assigner, heights, number * STEPS, guess, poll)
         heights = prolong(heights, centres, level, finer, guess)
-        samples += spent * len(level.mass) / problem.target.n
-    return heights, round(samples)
+        samples += spent * level.split.n / problem.target.n
+    return grown.home(heights), round(samples)
 
 
 def transfer(problem: Problem, old: Problem, heights: Tensor, assigner: str) -> Tensor:
-    """Heights (n,) in the frame of ``problem`` from those of an old one (n_old,), whose latents may be other ones.
+    """Heights of own atoms in the frame of ``problem`` from those of an old one, whose latents may be other ones.
 
     Each atom takes its height from the nearest old one, continued to second order. For an atom that was there
     before this is its old height. Costs a search for every atom and CENTRE_SAMPLES for every old one.
@@ -102,30 +105,38 @@ def transfer(problem: Problem, old: Problem, heights: Tensor, assigner: str) -> 
     atoms = (user / frame.target_scale).float().to(problem.target.atoms.device)
     raw = old.frame.unit * heights.cpu() - torch.from_numpy(target.tilt)
     begun = ((raw + user @ torch.from_numpy(frame.source_centre)) / frame.unit).to(atoms.device)
-    coarse = replace(problem, target=problem.target.replaced(atoms, target.mass))
-    search = assign.build(assigner, atoms)
-    half = -0.5 * atoms.double().square().sum(dim=1)
-    node = torch.cat([search(problem.target.atoms[rows], half, k=1).index[:, 0] for rows in blocks(problem.target.n)])
+    coarse = replace(problem, target=problem.target.replaced(atoms, target.mass, target.split))
+    search = assign.over(coarse, assigner)
     guess = normal(problem)
-    won = Won(atoms)
-    for x in coarse.batch(Stream.START, STEPS - 1, max(CENTRE_LEAST, CENTRE_SAMPLES * len(atoms))):
+    won = Won(coarse)
+    for _, x in coarse.batch(Stream.START, STEPS - 1, max(CENTRE_LEAST, CENTRE_SAMPLES * target.n)):
         won.add(x, search(x, begun, k=1))
-    return prolong(begun, won.centres(guess), Level(atoms, target.mass, node), problem.target.atoms, guess)
+    centres, half = won.centres(guess), -0.5 * atoms.double().square().sum(dim=1)
+    axis, own, out = problem.grid.target, problem.target.atoms, []
+    for number in range(-(-max(axis.objects(len(own))) // ROWS)):
+        mine = own[number * ROWS : (number + 1) * ROWS]
+        lengths = axis.objects(len(mine))
+        rows = axis.gather(mine, lengths)  # all search for those of each
+        node = search(rows, half, k=1).index[:, 0]
+        near = [target.split.pick(values, node) for values in (begun, centres, atoms)]
+        out.append(Split(tuple(lengths), axis).own(_continued(near[0], near[1], near[2], rows, guess)))
+    return torch.cat(out)
 
 
 def probe(
     problem: Problem, assigner: Assigner, heights: Tensor, soft: Soft | None, poll: Callable[[], None]
 ) -> tuple[float, int]:
     """About the chi2 of heights, no less than its noise, from PROBE samples an atom, whole orbits; and their work."""
-    n, samples = problem.target.n, 0
-    hits = torch.zeros(n, dtype=torch.float64, device=heights.device)
+    n, samples = problem.target.n, problem.draws(PROBE * problem.target.n) * problem.orbit.size
+    grid, split = problem.grid, problem.target.split
+    hits = torch.zeros_like(heights)
     k, epsilon = (2, 0.0) if soft is None else (soft.top_k, soft.epsilon)
-    for x in problem.batch(Stream.START, 0, PROBE * n):
+    for _, x in problem.batch(Stream.START, 0, PROBE * n):
         poll()
-        hits += optim.count(assigner(x, heights, k), epsilon, n).hits
-        samples += len(x)
+        hits += optim.count(assigner(x, heights, k), epsilon, split).sums[0]
+    hits = grid.sample.sum(hits)
     mass = torch.as_tensor(problem.target.mass, device=heights.device)
-    plain = float(((hits / samples - mass) ** 2 / mass).sum()) - n / samples
+    plain = float(split.axis.sum(((hits / samples - mass) ** 2 / mass).sum())) - n / samples
     return max(plain, 0.0) + (2 * n) ** 0.5 / samples, round(samples * problem.orbit.work)
 
 
@@ -134,9 +145,14 @@ def prolong(heights: Tensor, centres: Tensor, level: Level, finer: Tensor, guess
     out = torch.empty(len(finer), dtype=torch.float64, device=finer.device)
     for rows in blocks(len(finer)):
         node = level.node[rows]
-        away = finer[rows].double() - level.atoms[node].double()
-        out[rows] = heights[node] - (centres[node] * away).sum(dim=1) - 0.5 * guess.length(away)
+        out[rows] = _continued(heights[node], centres[node], level.atoms[node], finer[rows], guess)
     return out
+
+
+def _continued(heights: Tensor, centres: Tensor, nodes: Tensor, finer: Tensor, guess: Normal) -> Tensor:
+    """Heights (B,) of points (B, d) from the height, cell centre and place of the node of each."""
+    away = finer.double() - nodes.double()
+    return heights - (centres * away).sum(dim=1) - 0.5 * guess.length(away)
 
 
 def _end(nodes: int, orbit_work: float) -> float:
@@ -147,13 +163,14 @@ def _end(nodes: int, orbit_work: float) -> float:
 def _solve(
     coarse: Problem, assigner: str, heights: Tensor, first: int, guess: Normal, poll: Callable[[], None]
 ) -> tuple[Tensor, Tensor, int]:
-    """Average heights (K,) of the centroids after a fixed number of samples, cell centres (K, d), and the work.
+    """Average heights (K,) of own centroids after a fixed number of samples, cell centres (K, d), and the work.
 
     The centres are those of the samples of the later steps, which come free.
     """
-    search = assign.build(assigner, coarse.target.atoms)
+    search = assign.over(coarse, assigner)
     mass = torch.as_tensor(coarse.target.mass, device=heights.device)
-    state, won, end = optim.begin(heights, 0), Won(coarse.target.atoms), _end(coarse.target.n, coarse.orbit.work)
+    state, won = optim.begin(heights, 0, coarse.target.split), Won(coarse)
+    end = _end(coarse.target.n, coarse.orbit.work)
     while state.time < end:
         each = won.add if state.time >= SETTLED * end else None
         state = descent.advance(coarse, search, state, mass, Stream.START, first + state.step, poll, each=each)
@@ -161,19 +178,19 @@ def _solve(
 
 
 class Won:
-    """Samples that each of K atoms (K, d) has won: their number and sum."""
+    """Samples that each of K own atoms has won: their sum and number."""
 
-    def __init__(self, atoms: Tensor) -> None:
-        self.atoms = atoms
-        self.total = torch.zeros(atoms.shape, dtype=torch.float64, device=atoms.device)
-        self.count = torch.zeros(len(atoms), dtype=torch.float64, device=atoms.device)
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        k, d = problem.target.atoms.shape
+        # the last row takes the samples that atoms of other processes win
+        self.sums = torch.zeros(k + 1, d + 1, dtype=torch.float64, device=problem.target.atoms.device)
 
     def add(self, x: Tensor | Orbits, near: Winners) -> None:
-        winner = near.index[:, 0]
-        self.total.index_add_(0, winner, points(x).double())
-        self.count.index_add_(0, winner, torch.ones_like(winner, dtype=torch.float64))
+        values = torch.nn.functional.pad(points(x), (0, 1), value=1.0)
+        self.sums.index_add_(0, self.problem.target.split.place(near.index[:, 0]), values.double())
 
     def centres(self, guess: Normal) -> Tensor:
         """Mean sample (K, d) of each cell; an empty cell gets the point that ``guess`` maps to its atom."""
-        mean = self.total / self.count.clamp_min(1)[:, None]
-        return torch.where(self.count[:, None] > 0, mean, guess.inverse(self.atoms))
+        total, count = self.problem.grid.sample.sum(self.sums[:-1]).tensor_split([-1], dim=1)
+        return torch.where(count > 0, total / count.clamp_min(1), guess.inverse(self.problem.target.atoms))

@@ -11,8 +11,11 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+import torch
+
 from distot.errors import DistotWarning, StoreError
-from distot.store import Run
+from distot.grid import Axis
+from distot.store import Part, Run
 
 Event = dict[str, Any]
 LOG_SECONDS = 1.0  # step events are logged at most this often
@@ -29,7 +32,8 @@ class Stop(Exception):
 class Watch:
     """Told of everything that happens in a run; raises Stop when it is time to go.
 
-    ``listen`` gets every event as a dict with the key "event"; a run gets them in its log as well.
+    ``listen`` gets every event as a dict with the key "event"; a run gets them in its log as well. Of the processes of
+    ``world`` the first one speaks for all. ``asked`` gives the number of a signal that came some other way.
     """
 
     def __init__(
@@ -38,8 +42,10 @@ class Watch:
         listen: Callable[[Event], None] | None = None,
         max_seconds: float | None = None,
         checkpoint_seconds: float = 60.0,
+        world: Axis | None = None,
+        asked: Callable[[], int | None] = lambda: None,
     ) -> None:
-        self.run, self.listen = run, listen
+        self.run, self.listen, self.world, self.asked = run, listen, world or Axis(), asked
         self.began = time.monotonic()
         self.deadline = None if max_seconds is None else self.began + max_seconds
         self.checkpoint_seconds = checkpoint_seconds
@@ -53,10 +59,14 @@ class Watch:
         return time.monotonic() - self.began
 
     def poll(self, reserve: float = 0.0) -> None:
-        """Raises Stop after a signal, or when fewer than ``reserve`` seconds are left."""
-        if self.signal is not None:
+        """Raises Stop after a signal, or when fewer than ``reserve`` seconds are left, in all processes or none."""
+        self.signal = self.signal or self.asked()
+        late = self.deadline is not None and time.monotonic() > self.deadline - reserve
+        number, late = self.world.max(torch.tensor([self.signal or 0, int(late)])).tolist()
+        self.signal = number or None
+        if number:
             raise Stop("interrupted")
-        if self.deadline is not None and time.monotonic() > self.deadline - reserve:
+        if late:
             raise Stop("max_seconds")
 
     @contextmanager
@@ -69,6 +79,8 @@ class Watch:
 
     def tell(self, event: str, **fields: Any) -> None:
         """Passes an event on to the listener and to the log (steps: at most one a second)."""
+        if self.world.rank:
+            return
         record = {"event": event, "time": time.time(), "seconds": round(self.seconds, 3)} | fields
         if self.listen is not None:
             self.listen(record)
@@ -85,20 +97,24 @@ class Watch:
 
     def warn(self, text: str) -> None:
         """Says that something failed which the run can do without."""
-        warnings.warn(text, DistotWarning, stacklevel=2)
-        self.tell("warning", text=text)
+        if not self.world.rank:
+            warnings.warn(text, DistotWarning, stacklevel=2)
+            self.tell("warning", text=text)
 
     def due(self) -> bool:
         """Whether a checkpoint is due."""
-        return self.run is not None and time.monotonic() - self._saved >= self.checkpoint_seconds
+        return self.run is not None and self.world.any(time.monotonic() - self._saved >= self.checkpoint_seconds)
 
-    def save(self, step: int, arrays: dict[str, Any], scalars: dict[str, Any], must: bool = False) -> None:
-        """Writes a checkpoint. If that fails the run goes on and tries again later, unless it ``must`` succeed."""
+    def save(self, step: int, part: Part, scalars: dict[str, Any], must: bool = False) -> None:
+        """Writes a checkpoint, of which this process has one part.
+
+        If that fails the run goes on and tries again later, unless it ``must`` succeed.
+        """
         if self.run is None:
             return
         began = time.monotonic()
         try:
-            name = self.run.save_checkpoint(step, arrays, scalars)
+            name = self.run.save_checkpoint(step, part, scalars, self.world)
         except StoreError as error:
             if must:
                 raise

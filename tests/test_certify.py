@@ -29,7 +29,7 @@ class TestBound:
     def test_limit_is_above_the_truth_no_more_often_than_its_level(self, quality: float) -> None:
         source, y, exact = self.problem()
         problem = build_problem(y, source)
-        best = distot.solve(y, source, until_chi2=None, max_samples=60_000, progress=False)._progress.state.average
+        best = distot.solve(y, source, until_chi2=None, max_samples=60_000, progress=False).held.progress.state.average
         noise = torch.from_numpy(np.random.default_rng(4).standard_normal(20))
         heights = best + (1 - quality) * noise
         search = assign.build("dense", problem.target.atoms)

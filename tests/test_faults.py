@@ -76,7 +76,8 @@ def arrays(run: Path) -> dict[str, bytes]:
     checkpoint = Run(run).load_checkpoint()
     assert checkpoint is not None
     assert checkpoint.remarks == ()
-    return {name: values.tobytes() for name, values in checkpoint.arrays.items()}
+    names = checkpoint.written[0]["arrays"]
+    return dict(zip(names, (values.tobytes() for values in next(checkpoint.parts(*names))), strict=True))
 
 
 def start_forever(launcher: Launcher, latents: Path, run: Path, seen: Path | None = None) -> Child:

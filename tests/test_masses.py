@@ -14,6 +14,7 @@ import distot
 from distot import assign
 from distot.certify import cell_masses
 from distot.entropic import Soft
+from distot.grid import Split
 from distot.masses import Estimate, Masses, upper
 from distot.orbit import Orbit, Orbits
 from distot.problem import Problem, build_problem
@@ -28,9 +29,9 @@ def true_chi2(p: Array, mass: Array) -> float:
 
 def of_counts(counts: NDArray[np.int64]) -> Masses:
     """Independent samples with these counts, in random order."""
-    masses = Masses(len(counts), 1, int(counts.sum()))
+    masses = Masses(Split((len(counts),)), 1, int(counts.sum()))
     winners = torch.from_numpy(np.random.default_rng(0).permutation(np.repeat(np.arange(len(counts)), counts)))
-    masses.add(winners[:, None], torch.ones(len(winners), 1))
+    masses.add(0, winners[:, None], torch.ones(len(winners), 1))
     return masses
 
 
@@ -100,7 +101,7 @@ class TestOrbits:
             mass = generator.dirichlet(np.full(n, 0.5)) + 1e-5
             mass /= mass.sum()
         solution = distot.solve(y, source, mass=mass, until_chi2=None, max_samples=20 * n, progress=False)
-        state = solution._progress.state
+        state = solution.held.progress.state
         noise = torch.from_numpy(generator.standard_normal(solution.problem.target.n))
         return solution.problem, state.average + spread * state.margin * noise
 
@@ -168,7 +169,7 @@ def test_soft_masses_are_unbiased_too() -> None:
     """Shares of a sample are masses as hits are; softer cells scatter less, and the error says so."""
     y = np.random.default_rng(0).standard_normal((100, 6))
     solution = distot.solve(y, epsilon=0.2, top_k=100, until_chi2=None, max_samples=3000, progress=False)
-    problem, heights = solution.problem, solution._progress.state.average
+    problem, heights = solution.problem, solution.held.progress.state.average
     search = assign.build("auto", problem.target.atoms)
     soft = Soft(0.2 / problem.frame.unit, 100)
 

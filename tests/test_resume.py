@@ -60,7 +60,9 @@ def state(run: Path) -> dict[str, Any]:
     """All that a run has computed, without the reason it stopped for."""
     checkpoint = Run(run).load_checkpoint()
     assert checkpoint is not None
-    arrays = {name: (values.dtype, values.shape, values.tobytes()) for name, values in checkpoint.arrays.items()}
+    (names,) = {tuple(part["arrays"]) for part in checkpoint.written}
+    ((values),) = checkpoint.parts(*names)
+    arrays = {name: (its.dtype, its.shape, its.tobytes()) for name, its in zip(names, values, strict=True)}
     return arrays | {name: value for name, value in checkpoint.scalars.items() if name != "reason"}
 
 

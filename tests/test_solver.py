@@ -16,6 +16,7 @@ import distot
 from distot import assign, descent, entropic, graph, optim, start, tree
 from distot.certify import cell_masses
 from distot.errors import InputError, StoreError
+from distot.grid import Axis, Grid, Split
 from distot.masses import Estimate
 from distot.problem import Problem, build_problem
 from distot.schedule import Check, StopRule, batch, first_batch
@@ -230,7 +231,7 @@ class TestEntropic:
         atoms, x = torch.randn(5000, 4), torch.randn(700, 4)
         heights = torch.randn(5000, dtype=torch.float64)
         expected = 0.3 * ((x.double() @ atoms.double().T + heights) / 0.3).logsumexp(1)
-        assert torch.allclose(entropic.potential(atoms, x, heights, 0.3), expected, atol=1e-4)
+        assert torch.allclose(entropic._potential(atoms, x, heights, 0.3), expected, atol=1e-4)
 
 
 class TestWarmStart:
@@ -250,11 +251,11 @@ class TestWarmStart:
         first = quiet(CLOUD, until_chi2=None, max_samples=20_000, certificate_samples=10**5)
         moved = np.concatenate([CLOUD[::-1] * 1.001 + 0.002, [CLOUD[5] + 0.01]])
         problem = build_problem(moved, distot.Gaussian(np.full(5, 2.0)))
-        heights = start.transfer(problem, first.problem, first._progress.state.average, "dense")
+        heights = start.transfer(problem, first.problem, first.held.progress.state.average, "dense")
         search = assign.build("dense", problem.target.atoms)
         assert error(problem, search, heights) > 1  # the source moved: those heights are for another source
         problem = build_problem(moved)
-        heights = start.transfer(problem, first.problem, first._progress.state.average, "dense")
+        heights = start.transfer(problem, first.problem, first.held.progress.state.average, "dense")
         assert error(problem, assign.build("dense", problem.target.atoms), heights) < 0.1
 
     def test_resume_of_a_start_that_was_cut_short(self, tmp_path: Any) -> None:
@@ -317,7 +318,7 @@ class TestParts:
         """Where the potential is that of the Gaussian problem, (12), the refined heights are those of (12) again."""
         problem = build_problem(RNG.standard_normal((400, 4)) * [1.0, 2.0, 0.5, 3.0] + 1.0)
         guess, atoms = start.normal(problem), problem.target.atoms
-        level = tree.grow(atoms, problem.target.mass, 0, lambda: None)[-1]
+        level = tree.grow(problem.target, problem.grid, 0, lambda: None).levels[-1]
         refined = start.prolong(guess.heights(level.atoms), guess.inverse(level.atoms), level, atoms, guess)
         assert torch.allclose(refined, guess.heights(atoms), atol=1e-9)
 
@@ -338,27 +339,28 @@ class TestParts:
         x = torch.randn(10, 3, generator=torch.Generator().manual_seed(0))
         heights = torch.zeros(50, dtype=torch.float64)
         heights[7] = -1000.0
-        state, hungry = optim.begin(heights, 0), torch.tensor([7])
+        state, hungry = optim.begin(heights, 0, Split((50,))), torch.tensor([7])
         for _ in range(30):
             near = search(x, state.heights, 2)
-            state = descent.lift(problem, state, hungry, [(x, near.score[:, 0])], 10.0)
+            state = descent.lift(problem, state, hungry, [(0, x, near.score[:, 0])], 10.0)
         heights = state.heights
         assert search(x, heights + 1e-3 * (torch.arange(50) == 7), 1).index.eq(7).sum() >= 1
         assert search(x, heights, 1).index.eq(7).sum() <= 1
-        assert descent.lift(problem, state, torch.arange(25), [(x, near.score[:, 0])], 10.0).samples == 10 * 25 / 50
-        assert descent.lift(problem, state, torch.arange(25), [(x, near.score[:, 0])], 2.0).samples == 2
+        assert descent.lift(problem, state, torch.arange(25), [(0, x, near.score[:, 0])], 10.0).samples == 10 * 25 / 50
+        assert descent.lift(problem, state, torch.arange(25), [(0, x, near.score[:, 0])], 2.0).samples == 2
 
     def test_starving_is_only_who_should_have_won(self) -> None:
         zero = torch.zeros(4, dtype=torch.float64)
         wins = torch.tensor([0.0, 0.5, 20.0, 0.0], dtype=torch.float64)
-        state = optim.State(zero, zero, zero, wins, torch.empty(2, 0, dtype=torch.int32))
+        state = optim.State(zero, zero, zero, wins)
         mass = torch.tensor([0.5, 0.45, 0.05, 1e-9], dtype=torch.float64)
-        assert optim.starving(state, mass).tolist() == [0, 1]
+        assert optim.starving(state, mass, Split((4,))).tolist() == [0, 1]
 
     def test_tree_covers_every_atom(self) -> None:
-        atoms = torch.randn(2000, 6, generator=torch.Generator().manual_seed(0))
+        rows = np.random.default_rng(0).standard_normal((2000, 6))
         mass = np.arange(1, 2001) / (2000 * 2001 / 2)
-        levels = tree.grow(atoms, mass, 0, lambda: None)
+        problem = build_problem(rows, mass=mass)
+        atoms, levels = problem.target.atoms, tree.grow(problem.target, problem.grid, 0, lambda: None).levels
         assert [len(level.mass) for level in levels] == tree.widths(2000) == [31, 250]
         assert [len(level.node) for level in levels] == [250, 2000]
         mean = mass @ atoms.double().numpy()
@@ -376,7 +378,7 @@ class TestParts:
             edge = np.eye(30)[i] - np.eye(30)[j]
             laplacian += np.outer(edge, edge) / (float(margin[i] + margin[j]) * pairs.shape[1])
         gradient, anchor = torch.randn(30, generator=torch.Generator().manual_seed(1)), torch.full((30,), 0.01)
-        found = graph.build(pairs, margin)
+        found = graph.build(pairs, margin, Split((30,)), Axis())
         expected = np.linalg.solve(laplacian + 0.01 * np.eye(30), gradient.numpy())
         assert np.allclose(found.solve(gradient, anchor), expected, rtol=0.02, atol=0.02 * np.abs(expected).max())
         shift = torch.arange(30.0)
@@ -385,41 +387,42 @@ class TestParts:
 
     def test_damping_follows_the_steps(self) -> None:
         """A batch that one atom wins whole would be followed too far: the next step is damped more, and less later."""
-        n = 20
+        n, split = 20, Split((20,))
         near = assign.Winners(torch.tensor([[3, 4]] * 200), torch.tensor([[1.0, 0.9]] * 200))
         even = torch.stack([torch.arange(200) % n, (torch.arange(200) + 1) % n], 1)
         mass = torch.full((n,), 1 / n, dtype=torch.float64)
-        state = optim.begin(torch.zeros(n, dtype=torch.float64), 0)
-        wild = optim.update(state, optim.count(near, 0.0, n), 32, mass, 200)
+        state = optim.begin(torch.zeros(n, dtype=torch.float64), 0, split)
+        wild = optim.update(state, optim.count(near, 0.0, split), 32, mass, 200, split, Grid())
         assert wild.damping > 1.2
-        calm = optim.update(state, optim.count(assign.Winners(even, near.score), 0.0, n), 200, mass, 200)
+        tally = optim.count(assign.Winners(even, near.score), 0.0, split)
+        calm = optim.update(state, tally, 200, mass, 200, split, Grid())
         assert calm.damping < 0.5
         assert torch.allclose(calm.heights, state.heights)
 
     def test_a_failed_step_brakes(self) -> None:
         """A batch whose chi2 jumps trebles the damping and lifts its floor; one that is as bad as the last does not."""
-        n = 20
+        n, split = 20, Split((20,))
         near = assign.Winners(torch.tensor([[3, 4]] * 200), torch.tensor([[1.0, 0.9]] * 200))
-        mass, tally = torch.full((n,), 1 / n, dtype=torch.float64), optim.count(near, 0.0, n)
-        before = replace(optim.begin(torch.zeros(n, dtype=torch.float64), 0), damping=0.3, floor=0.1)
+        mass, tally = torch.full((n,), 1 / n, dtype=torch.float64), optim.count(near, 0.0, split)
+        before = replace(optim.begin(torch.zeros(n, dtype=torch.float64), 0, split), damping=0.3, floor=0.1)
         found = float(n - 1)  # chi2 of this batch
         failed, usual = (
-            optim.update(replace(before, error=error), tally, 200, mass, 200) for error in (found / 10, found)
+            optim.update(replace(before, error=error), tally, 200, mass, 200, split, Grid())
+            for error in (found / 10, found)
         )
         assert failed.error == usual.error == pytest.approx(found)
         assert failed.damping == pytest.approx(3 * before.damping)
         assert failed.floor == pytest.approx(0.6)
         assert usual.floor < before.floor
-        entropic = optim.update(replace(before, error=found / 10), tally, 200, mass, 200, epsilon=1.0)
+        entropic = optim.update(replace(before, error=found / 10), tally, 200, mass, 200, split, Grid(), epsilon=1.0)
         assert entropic.floor < before.floor
 
     def test_tally_shares_a_sample_between_the_two_best(self) -> None:
         near = assign.Winners(torch.tensor([[0, 1], [2, 0]]), torch.tensor([[3.0, 2.0], [1.0, 1.0]]))
-        hard, soft = optim.count(near, 0.0, 3), optim.count(near, 1.0, 3)
-        assert hard.hits.tolist() == hard.wins.tolist() == [1, 0, 1]
-        assert hard.margins.tolist() == [1, 0, 0]
+        hard, soft = optim.count(near, 0.0, Split((3,))), optim.count(near, 1.0, Split((3,)))
+        assert hard.sums.tolist() == [[1, 0, 1], [1, 0, 1], [1, 0, 0]]  # hits, wins, margins
         p = 1 / (1 + np.exp(-1))
-        assert soft.hits.tolist() == pytest.approx([p + 0.5, 1 - p, 0.5])
+        assert soft.sums[0].tolist() == pytest.approx([p + 0.5, 1 - p, 0.5])
 
     def test_one_far_atom_does_not_set_the_mean_margin(self) -> None:
         sums = torch.tensor([1.0, 2.0, 3.0, 1e6, 0.0], dtype=torch.float64)

@@ -14,11 +14,17 @@ from numpy.typing import NDArray
 
 import distot
 from distot.errors import DistotWarning, InputError
+from distot.grid import Grid
+from distot.power import Frame
 from distot.problem import build_problem
-from distot.target import ROWS, Fingerprint, build_target
+from distot.target import ROWS, Fingerprint, Target, build_target
 
 UNIT = (np.zeros(2), np.eye(2))
 GOOD = np.random.default_rng(0).standard_normal((10, 2))
+
+
+def build(rows: Any, mass: Any, moments: tuple[Any, Any]) -> tuple[Target, Frame]:
+    return build_target(rows, mass, moments, Grid(), {})
 
 
 def with_bad(rows: list[int], value: float) -> NDArray[np.float64]:
@@ -56,7 +62,7 @@ def test_refused_in_one_sentence(latents: NDArray[Any], mass: NDArray[Any] | Non
 
 
 def test_masses_are_normalised_with_a_note() -> None:
-    target, _ = build_target(GOOD, np.arange(1.0, 11.0), UNIT)
+    target, _ = build(GOOD, np.arange(1.0, 11.0), UNIT)
     assert target.mass.sum() == pytest.approx(1)
     assert target.mass[9] == pytest.approx(10 / 55)
     assert target.notes == ("the masses sum to 55; they were divided by that sum",)
@@ -64,14 +70,14 @@ def test_masses_are_normalised_with_a_note() -> None:
 
 def test_tiny_and_huge_masses_do_not_overflow() -> None:
     for scale in (1e-300, 1e300):
-        target, _ = build_target(GOOD, np.full(10, scale), UNIT)
+        target, _ = build(GOOD, np.full(10, scale), UNIT)
         assert np.allclose(target.mass, 0.1)
 
 
 def test_zero_mass_is_kept_out() -> None:
     mass = np.full(10, 1 / 8)
     mass[[0, 4]] = 0
-    target, _ = build_target(GOOD, mass, UNIT)
+    target, _ = build(GOOD, mass, UNIT)
     assert target.n == 8
     assert list(target.original) == [1, 2, 3, 5, 6, 7, 8, 9]
     assert target.notes == ("2 of 10 latents have zero mass and are left out; their height is -inf",)
@@ -109,7 +115,7 @@ def test_merging_is_that_of_numpy(n: int, d: int, seed: int) -> None:
     distinct, first, inverse = np.unique(y + 0.0, axis=0, return_index=True, return_inverse=True)
     if len(distinct) < 2:
         return
-    target, _ = build_target(y, None, (np.zeros(d), np.eye(d)))
+    target, _ = build(y, None, (np.zeros(d), np.eye(d)))
     assert list(target.original) == sorted(first)
     assert np.array_equal(target.original[target.atom_of], first[inverse.ravel()])
 
@@ -118,7 +124,7 @@ def test_near_duplicates_below_float32_are_merged() -> None:
     y = GOOD.copy()
     y[0] = 1.3, 2.7
     y[1] = y[0] * (1 + 1e-12)
-    target, _ = build_target(y, None, UNIT)
+    target, _ = build(y, None, UNIT)
     assert target.n == 9
 
 
@@ -154,7 +160,7 @@ def test_far_from_the_origin_keeps_the_digits() -> None:
 
 def test_centre_is_not_moved_by_one_far_atom() -> None:
     y = np.concatenate([np.random.default_rng(2).standard_normal((1000, 2)), [[1e6, 0.0]]])
-    _, frame = build_target(y, None, UNIT)
+    _, frame = build(y, None, UNIT)
     assert np.abs(frame.target_centre).max() < 0.2
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from distot.errors import InputError
 from distot.orbit import Orbits
+from distot.problem import Problem
 
 NAMES = ("auto", "native", "lists", "triton", "dense", "faiss")
 
@@ -108,6 +109,16 @@ def build(name: str, atoms: Tensor, recall: float | None = None) -> Assigner:
     from distot.assign.auto import Auto
 
     return Auto(atoms, recall)
+
+
+def over(problem: Problem, name: str, recall: float | None = None) -> Assigner:
+    """The assigner ``name`` over all atoms of a problem, each process searching its own."""
+    target = problem.target
+    if target.split.axis.size == 1:
+        return build(name, target.atoms, recall)
+    from distot.assign.sharded import Sharded
+
+    return Sharded(build(name, target.atoms, recall) if target.split.count else None, target.split)
 
 
 def plain(atoms: Tensor) -> Assigner:

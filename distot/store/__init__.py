@@ -6,12 +6,14 @@ and both only after every byte below them has been flushed to disk.
 
 from distot.store.files import explained, need_space
 from distot.store.latents import Latents, LatentsWriter, copy_latents, new_latents, open_latents
-from distot.store.runs import Checkpoint, Run
+from distot.store.runs import Checkpoint, Dropped, Part, Run
 
 __all__ = [
     "Checkpoint",
+    "Dropped",
     "Latents",
     "LatentsWriter",
+    "Part",
     "Run",
     "copy_latents",
     "explained",

@@ -66,11 +66,11 @@ def readable(array: zarr.Array[Any], path: Path) -> Iterator[None]:
         raise StoreError(f"{_culprit(array, path, error)}; restore it from a copy, or make it anew") from error
 
 
-def load(path: Path) -> NDArray[Any]:
+def load(path: Path, rows: slice | EllipsisType = ...) -> NDArray[Any]:
     node = open_node(path)
     if not isinstance(node, zarr.Array):
         raise StoreError(f"{path} is not a zarr array; this folder was not written by distot")
-    return read(node, ..., path)
+    return read(node, rows, path)
 
 
 def _pieces(array: zarr.Array[Any], path: Path) -> Iterator[tuple[slice, Path]]:

@@ -45,9 +45,10 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def flush_tree(folder: Path) -> None:
-    for root, _, files in os.walk(folder):
-        for name in files:
+def flush_tree(folder: Path, files: bool = True) -> None:
+    """Forces a folder and all below it to disk; without ``files`` the lists of names alone."""
+    for root, _, names in os.walk(folder):
+        for name in names if files else []:
             flush(Path(root, name))
         flush(Path(root))
 

@@ -9,33 +9,73 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import zarr
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from distot.errors import StoreError
+from distot.grid import Axis
 from distot.store.arrays import Arrays, load, write_vector
 from distot.store.files import explained, flush, flush_tree, new_folder, write_atomically
 from distot.store.latents import copy_latents
 
-FORMAT, VERSION = "distot-run", 1
+FORMAT, VERSION = "distot-run", 2
 KEEP = 2  # checkpoints kept in a run
+T = TypeVar("T")
+
+
+class Dropped(StoreError):
+    """A checkpoint was deleted while it was read, as newer ones had been committed."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one process writes into a checkpoint: of vectors over all atoms the values from number ``first`` on."""
+
+    first: int
+    count: int
+    arrays: Arrays
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint: its arrays, the scalars saved with them, and remarks on damaged newer ones."""
+    """A verified checkpoint, with remarks on damaged newer ones. Its parts may come from any number of processes."""
 
-    name: str
-    arrays: Arrays
+    folder: Path
+    written: list[dict[str, Any]]  # of each part: name, first, count, arrays
     scalars: dict[str, Any]
     remarks: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    def read(self, array: str, rows: slice) -> NDArray[Any]:
+        """Values of a vector over all atoms, from whatever parts hold them. Raises StoreError if they are gone."""
+        found = []
+        for part in self.written:
+            begin, end = (min(max(row - part["first"], 0), part["count"]) for row in (rows.start, rows.stop))
+            if begin < end:
+                found.append(load(self.folder / part["name"] / array, slice(begin, end)))
+        self._still_there()
+        return np.concatenate(found) if found else np.empty(0)
+
+    def parts(self, *arrays: str) -> Iterator[tuple[NDArray[Any], ...]]:
+        """Arrays of every part."""
+        for part in self.written:
+            yield tuple(load(self.folder / part["name"] / array) for array in arrays)
+        self._still_there()
+
+    def _still_there(self) -> None:
+        if not (self.folder / "MANIFEST.json").exists():  # the first thing a writer deletes; zarr fills in the rest
+            raise Dropped(f"checkpoint {self.name} was deleted while it was read")
 
 
 class Run:
@@ -139,31 +179,33 @@ class Run:
             raise StoreError(f"{file} is damaged ({error}); delete it, distot certify makes it anew") from error
         return value
 
-    def save_checkpoint(self, step: int, arrays: Arrays, scalars: dict[str, Any]) -> str:
-        """Writes, flushes and commits a checkpoint, then drops all but the newest KEEP."""
-        name = f"step-{step:09d}-{secrets.token_hex(4)}"
+    def save_checkpoint(self, step: int, part: Part, scalars: dict[str, Any], world: Axis) -> str:
+        """Writes and flushes a checkpoint, every process its part; the first one commits it and drops all but the
+        newest KEEP. Raises StoreError in all processes if it fails in one."""
+        name = world.objects(f"step-{step:09d}-{secrets.token_hex(4)}")[0]
         folder = self.path / "checkpoints" / name
         try:
-            with explained("write the checkpoint", folder):
-                group = zarr.create_group(str(folder))
-                for key, values in arrays.items():
-                    write_vector(group, key, values)
-                files = {str(f.relative_to(folder)): _describe(f) for f in sorted(folder.rglob("*")) if f.is_file()}
-                flush_tree(folder)
-                flush(folder.parent)
-                manifest = {"format": "distot-checkpoint", "version": VERSION, "written": time.time()}
-                manifest |= {"arrays": sorted(arrays), "files": files, "scalars": scalars}
-                manifest |= {"sha256": _digest(manifest)}
-                write_atomically(folder / "MANIFEST.json", json.dumps(manifest, indent=1))
-                write_atomically(self.path / "LATEST", name + "\n")
+            written = _agreed(world, lambda: _write_part(folder, world.rank, part))
+            _agreed(world, lambda: self._commit(folder, written, scalars) if world.rank == 0 else None)
         except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
+            if world.rank == 0:
+                shutil.rmtree(folder, ignore_errors=True)
             raise
+        return name
+
+    def _commit(self, folder: Path, parts: list[dict[str, Any]], scalars: dict[str, Any]) -> None:
+        with explained("write the checkpoint", folder):
+            flush_tree(folder, files=False)
+            flush(folder.parent)
+            manifest = {"format": "distot-checkpoint", "version": VERSION, "written": time.time()}
+            manifest |= {"parts": parts, "scalars": scalars}
+            manifest |= {"sha256": _digest(manifest)}
+            write_atomically(folder / "MANIFEST.json", json.dumps(manifest, indent=1))
+            write_atomically(self.path / "LATEST", folder.name + "\n")
         for old in self._committed()[KEEP:]:
             with suppress(OSError):  # what cannot be deleted does no harm
                 (old / "MANIFEST.json").unlink()
                 shutil.rmtree(old)
-        return name
 
     def _committed(self) -> list[Path]:
         """Folders of committed checkpoints, newest first."""
@@ -173,28 +215,30 @@ class Run:
                 found.append((manifest.parent.name[:14], manifest.stat().st_mtime_ns, manifest.parent))
         return [folder for *_, folder in sorted(found, reverse=True)]
 
-    def load_checkpoint(self) -> Checkpoint | None:
+    def load_checkpoint(self, world: Axis | None = None) -> Checkpoint | None:
         """The newest checkpoint that verifies, with remarks on those that did not; None if none was committed.
 
-        Raises StoreError if checkpoints were committed and every one of them is damaged.
+        The processes of ``world`` verify some parts each. Raises StoreError if checkpoints were committed and every one
+        of them is damaged.
         """
+        world = world or Axis()
         remarks: list[str] = []
-        latest = self._latest()
-        for folder in self._committed():
+        latest, committed = world.objects((self._latest(), self._committed()))[0]
+        for folder in committed:
             try:
-                arrays, scalars = _verified(folder)
+                found = _agreed(world, lambda folder=folder: _verified(folder, world))[0]  # type: ignore[misc]
             except StoreError as error:
-                if not (folder / "MANIFEST.json").exists():
-                    return self.load_checkpoint()  # a writer has dropped it, after it had committed newer ones
+                if not world.objects((folder / "MANIFEST.json").exists())[0]:
+                    return self.load_checkpoint(world)  # a writer has dropped it, after it had committed newer ones
                 remarks.append(str(error))
                 continue
             if remarks:
                 remarks.append(f"using the checkpoint before it, {folder.name}")
-            return Checkpoint(folder.name, arrays, scalars, tuple(remarks))
+            return replace(found, remarks=tuple(remarks))
         if remarks:
             raise StoreError("; ".join(remarks) + f"; no checkpoint of {self.path} is left, start a new run")
-        if self._latest() != latest:
-            return self.load_checkpoint()  # a writer has replaced them all while we looked
+        if world.objects(self._latest())[0] != latest:
+            return self.load_checkpoint(world)  # a writer has replaced them all while we looked
         return None
 
     def _latest(self) -> bytes:
@@ -205,8 +249,36 @@ class Run:
             return b""
 
 
-def _verified(folder: Path) -> tuple[Arrays, dict[str, Any]]:
-    """Arrays and scalars of a checkpoint whose every file has the size and hash of the manifest."""
+def _agreed(world: Axis, work: Callable[[], T]) -> list[T]:
+    """What the work of every process gave. Raises StoreError in all of them if it failed in one."""
+    done, failure = None, None
+    try:
+        done = work()
+    except StoreError as error:
+        failure = error
+    results = world.objects((done, None if failure is None else str(failure)))
+    if failure is not None:
+        raise failure
+    for _, message in results:
+        if message is not None:
+            raise StoreError(message)
+    return [done for done, _ in results]
+
+
+def _write_part(folder: Path, number: int, part: Part) -> dict[str, Any]:
+    """Writes and flushes the arrays of a part; its entry in the manifest."""
+    name = f"part-{number:05d}"
+    with explained("write the checkpoint", folder):
+        group = zarr.create_group(str(folder / name))
+        for key, values in part.arrays.items():
+            write_vector(group, key, values)
+        files = {str(f.relative_to(folder)): _describe(f) for f in sorted((folder / name).rglob("*")) if f.is_file()}
+        flush_tree(folder / name)
+    return {"name": name, "first": part.first, "count": part.count, "arrays": sorted(part.arrays), "files": files}
+
+
+def _verified(folder: Path, world: Axis) -> Checkpoint:
+    """A checkpoint; every file of the parts that fall to this process has the size and hash of the manifest."""
     file = folder / "MANIFEST.json"
     try:
         manifest = json.loads(file.read_bytes())
@@ -215,20 +287,18 @@ def _verified(folder: Path) -> tuple[Arrays, dict[str, Any]]:
         sound = False
     if not sound:
         raise StoreError(f"checkpoint {folder.name} is damaged: {file} fails its checksum")
-    for name, expected in manifest["files"].items():
-        file = folder / name
-        try:
-            sound = _describe(file) == expected
-        except OSError as error:
-            raise StoreError(
-                f"checkpoint {folder.name} is damaged: {file} cannot be read ({error.strerror})"
-            ) from error
-        if not sound:
-            raise StoreError(f"checkpoint {folder.name} is damaged: {file} fails its checksum")
-    arrays = {name: load(folder / name) for name in manifest["arrays"]}
-    if not (folder / "MANIFEST.json").exists():  # the first thing a writer deletes; zarr fills in what is missing
-        raise StoreError(f"checkpoint {folder.name} was deleted while it was read")
-    return arrays, manifest["scalars"]
+    for part in manifest["parts"][world.rank :: world.size]:
+        for name, expected in part["files"].items():
+            file = folder / name
+            try:
+                sound = _describe(file) == expected
+            except OSError as error:
+                raise StoreError(
+                    f"checkpoint {folder.name} is damaged: {file} cannot be read ({error.strerror})"
+                ) from error
+            if not sound:
+                raise StoreError(f"checkpoint {folder.name} is damaged: {file} fails its checksum")
+    return Checkpoint(folder, manifest["parts"], manifest["scalars"])
 
 
 def _digest(manifest: dict[str, Any]) -> str:

@@ -1,0 +1,117 @@
+"""Several processes on one problem: the same answer as one process, to rounding, whatever the grid."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from distot import assign, descent, optim, start
+from distot.assign.sharded import pack, unpack
+from distot.certify import certify
+from distot.entropic import Soft
+from distot.errors import InputError
+from distot.grid import Axis, Grid, Split, check
+from distot.masses import Masses
+from distot.problem import Problem, build_problem
+from distot.schedule import Options
+from distot.solution import Solution
+from distot.source import Stream
+from distot.work import Room, resume, solve
+from tests.grids import on_grid
+
+SHAPES = [(2, 1), (1, 2), (3, 1), (2, 2)]
+N, D = 4000, 6
+
+
+def cloud(n: int = N, d: int = D) -> NDArray[np.float64]:
+    generator = np.random.default_rng(5)
+    rows = generator.standard_normal((n, d)) * np.linspace(2, 0.3, d)
+    rows[n // 2 :, 0] += 3.0
+    rows[n - 7] = rows[3]  # equal latents far apart
+    rows[n // 2] = rows[n // 2 - 1]
+    return rows
+
+
+def masses(n: int = N) -> NDArray[np.float64]:
+    mass = np.random.default_rng(6).gamma(2.0, size=n)
+    mass[[1, n - 1]] = 0.0
+    return mass
+
+
+def whole(problem: Problem, own: torch.Tensor) -> NDArray[Any]:
+    return problem.target.split.gather(own).numpy()
+
+
+def everything(grid: Grid) -> dict[str, Any]:
+    """The numbers of every phase of a solve."""
+    problem = build_problem(cloud(), mass=masses(), device="cpu", grid=grid)
+    target = problem.target
+    found: dict[str, Any] = {
+        "fingerprint": target.fingerprint,
+        "notes": target.notes,
+        "n": target.n,
+        "atoms": whole(problem, target.atoms),
+        "mass": whole(problem, torch.from_numpy(target.mass)),
+        "original": whole(problem, torch.from_numpy(target.original)),
+        "atom_of": target.split.axis.gather(torch.from_numpy(target.atom_of)).numpy(),
+        "moments": target.moments(),
+        "normal": whole(problem, start.normal(problem).heights(target.atoms)),
+    }
+    heights, work = start.multilevel(problem, "native", lambda: None)
+    found |= {"start": whole(problem, heights), "start work": work}
+    search, mass = assign.over(problem, "native"), torch.from_numpy(target.mass)
+    state = optim.begin(heights, work, target.split)
+    low = torch.arange(0 if grid.target.rank else 9)  # the same atoms starve on every grid
+    state = optim.lifted(state, state.heights.index_fill(0, low, -30.0), 0)
+    for _ in range(8):
+        state = descent.advance(problem, search, state, mass, Stream.STEP, state.step, lambda: None)
+    found |= {
+        "heights": whole(problem, state.heights),
+        "average": whole(problem, state.average),
+        "margin": state.margin,
+        "drawn": state.drawn,
+        "samples": state.samples,
+        "damping": state.damping,
+    }
+    found["certificate"] = certify(problem, search, state.average, 20_000).to_dict()
+    found["entropic"] = certify(problem, search, state.average, 5_000, soft=Soft(0.1, 8)).to_dict()
+    moved = build_problem(cloud()[::-1] + 0.01, device="cpu", grid=grid)
+    found["transfer"] = whole(moved, start.transfer(moved, problem, state.average, "native"))
+    found["probe"] = start.probe(problem, search, state.average, None, lambda: None)
+    return found
+
+
+@cache
+def alone() -> dict[str, Any]:
+    return everything(Grid())
+
+
+def assert_close(name: str, found: Any, expected: Any, relative: float = 1e-5) -> None:
+    if isinstance(expected, dict):
+        for key, value in expected.items():
+            assert_close(f"{name}.{key}", found[key], value, relative)
+    elif isinstance(expected, np.ndarray) and expected.dtype.kind == "f":
+        assert np.abs(found - expected).max() <= relative * (np.abs(expected).max() + 1), name
+    elif isinstance(expected, np.ndarray):
+        assert np.array_equal(found, expected), name
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=relative, abs=relative), name
+    elif isinstance(expected, tuple):
+        assert len(found) == len(expected), name
+        for mine, other in zip(found, expected, strict=True):
+            assert_close(name, mine, other, relative)
+    else:
+        assert found == expected, name
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_phase_gives_what_one_process_gives(shape: tuple[int, int]) -> None:
+    answers = on_grid(shape, everything)
+    for answer in answers:
+        assert_close("", answer, alone())
