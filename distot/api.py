@@ -36,6 +36,9 @@ def solve(
     recall: float | None = None,
     checkpoint_seconds: float = 60.0,
     certificate_samples: int | None = None,
+    workers: int | None = None,
+    replicas: int = 1,
+    ray: str | None = None,
     progress: bool | None = None,
     on_event: Listen | None = None,
 ) -> Solution:
@@ -55,6 +58,9 @@ def solve(
     assigner, recall: how winners are found, see ``distot.assign.build``; with a recall, say 0.97, "auto" or "lists" may
         miss some where that is faster, until late in the run. Certificates are exact always.
     run: a new run folder for checkpoints and the log, from which ``resume`` and ``load`` go on.
+    workers, replicas: solves on that many processes, each ``replicas`` of which share the samples over the same
+        latents while different ones have different latents; the answer is the same, to rounding. None is this process.
+    ray: address of the Ray cluster where they run, "auto" for the one at hand; None starts one on this machine.
     progress: show it on the terminal; None means if stderr is one. on_event: gets every event as a dict.
 
     Raises InputError or StoreError before work starts for what can be known by then; Interrupted on Ctrl-C or SIGTERM,
@@ -75,7 +81,12 @@ def solve(
     )
     given = None if mass is None else np.asarray(mass)
     where = None if run is None else Path(run)
-    return work.solve(latents, source, given, options, where, init, Room(show=progress, on_event=on_event))
+    if workers is None:
+        return work.solve(latents, source, given, options, where, init, Room(show=progress, on_event=on_event))
+    from cluster import workers as group
+
+    shape = group.Shape(workers, replicas, ray, device)
+    return group.solve(latents, source, given, options, where, init, shape, progress, on_event)
 
 
 def resume(
@@ -87,10 +98,16 @@ def resume(
     max_samples: int | None = None,
     max_seconds: float | None = None,
     device: str | None = None,
+    workers: int | None = None,
+    replicas: int = 1,
+    ray: str | None = None,
     progress: bool | None = None,
     on_event: Listen | None = None,
 ) -> Solution:
     """Goes on with a run from its newest good checkpoint: the same heights, bit for bit, as if never interrupted.
+
+    workers, replicas, ray: as in ``solve``; they need not be those that the run began with, and then the heights are
+    the same to rounding.
 
     until_chi2, max_samples, max_seconds, device replace the run's own values if given, for good (max_seconds counts
     anew in every process); infinity takes a limit away. source is needed if the run draws from a user's callable;
@@ -101,7 +118,12 @@ def resume(
     """
     changes = {"until_chi2": until_chi2, "max_samples": max_samples, "max_seconds": max_seconds, "device": device}
     given = {name: None if value == math.inf else value for name, value in changes.items() if value is not None}
-    return work.resume(Path(run), source, latents, given, Room(show=progress, on_event=on_event))
+    if workers is None:
+        return work.resume(Path(run), source, latents, given, Room(show=progress, on_event=on_event))
+    from cluster import workers as group
+
+    shape = group.Shape(workers, replicas, ray, device or "auto")
+    return group.resume(Path(run), source, latents, given, shape, progress, on_event)
 
 
 def load(
@@ -127,10 +149,18 @@ def certify(
     source: object = None,
     latents: ArrayLike | Tensor | str | Path | None = None,
     device: str | None = None,
+    workers: int | None = None,
+    replicas: int = 1,
+    ray: str | None = None,
 ) -> Solution:
     """Certifies a run anew and keeps the certificate in it; ``seed_step`` > 0 draws other, independent samples.
 
     Raises as ``load`` does, and StoreError if another process is writing to the run.
     """
     changes = {} if device is None else {"device": device}
-    return work.certify(Path(run), samples, seed_step, source, latents, changes, Room())
+    if workers is None:
+        return work.certify(Path(run), samples, seed_step, source, latents, changes, Room())
+    from cluster import workers as group
+
+    shape = group.Shape(workers, replicas, ray, device or "auto")
+    return group.certify(Path(run), samples, seed_step, source, latents, changes, shape)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distot.errors import InputError
+
 # the newer name, where torch has it
 gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 

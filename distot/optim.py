@@ -138,7 +138,7 @@ def update(
 
     found, margin = graph.build(torch.cat(pairs, dim=1), every, split, grid.world), split.own(every)
     excess = (hits / batch - mass) * (mass * batch / FULL_STEP).clamp(max=1)
-    newton = found.solve(-excess, (state.damping * mass / margin).float()).double()
+    newton = found.solve(-excess, state.damping * mass / margin)
     step = span * RATE * (1 + state.time) ** -DECAY * (newton - split.axis.sum(mass @ newton))
     error = float(split.axis.sum(((wins - 1) * wins / mass).sum())) / (batch * (batch - 1)) - 1
     floor, damping = state.floor * MEMORY**span, state.damping * (found.stretch(step) / STRETCH) ** 0.5

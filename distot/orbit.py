@@ -85,10 +85,10 @@ class Orbits:
         return 2 * self.z.shape[0] * self.z.shape[1]
 
     def halves(self) -> Tensor:
-        """The points + H z (B g, d), draw by draw; the others are their opposites."""
-        blocks = torch.einsum("bgw,gwd->gbd", self.z, self.basis)
+        """The points + H z (B g, d), draw by draw; the others are their opposites. Float32, whatever the portion."""
+        blocks = torch.einsum("bgw,gwd->gbd", self.z.double(), self.basis.double())
         points = torch.tensordot(signs(len(blocks)).to(blocks), blocks, dims=1)  # (g, B, d)
-        return points.transpose(0, 1).reshape(len(self) // 2, -1)
+        return points.float().transpose(0, 1).reshape(len(self) // 2, -1)
 
     def points(self) -> Tensor:
         """All points (B T, d)."""

@@ -64,7 +64,8 @@ class Solution:
     """Heights of the semi-discrete OT problem between a source and N latents, with all that belongs to them."""
 
     def __init__(self, facts: Facts, certificate: Certificate | None, hold: Callable[[], Held]) -> None:
-        self._facts, self._certificate, self._hold = facts, certificate, hold
+        self.facts, self._certificate, self._hold = facts, certificate, hold
+        self.scratch: object = None  # temporary files that must live as long as this does
 
     @cached_property
     def held(self) -> Held:
@@ -77,19 +78,19 @@ class Solution:
 
     @property
     def options(self) -> Options:
-        return self._facts.options
+        return self.facts.options
 
     @property
     def run(self) -> Run | None:
-        return self._facts.run
+        return self.facts.run
 
     @property
     def notes(self) -> tuple[str, ...]:
-        return self._facts.notes
+        return self.facts.notes
 
     def __repr__(self) -> str:
         return (
-            f"Solution(N={self._facts.shape[0]}, d={self._facts.shape[1]}, samples={self.samples}, "
+            f"Solution(N={self.facts.shape[0]}, d={self.facts.shape[1]}, samples={self.samples}, "
             f"reason={self.reason!r})"
         )
 
@@ -101,6 +102,11 @@ class Solution:
         return target.spread(self.problem.frame.heights_out(average, target.tilt, target.mass))
 
     @property
+    def kept(self) -> Certificate | None:
+        """The certificate, if there is one yet."""
+        return self._certificate
+
+    @property
     def certificate(self) -> Certificate:
         """Computed on first use if the solve was interrupted before it had one."""
         if self._certificate is None:
@@ -110,7 +116,7 @@ class Solution:
     @property
     def samples(self) -> int:
         """All search work for the heights, in plain samples: start, steps and looks at chi2, not the certificate."""
-        return self._facts.samples
+        return self.facts.samples
 
     @property
     def efficiency(self) -> float:
@@ -121,12 +127,12 @@ class Solution:
     @property
     def history(self) -> tuple[Check, ...]:
         """The looks at chi2 during the solve."""
-        return self._facts.history
+        return self.facts.history
 
     @property
     def reason(self) -> str | None:
         """Why it stopped: "until_chi2" (the goal), "max_samples", "max_seconds", "interrupted"; None if unfinished."""
-        return self._facts.reason
+        return self.facts.reason
 
     @property
     def explanation(self) -> str:

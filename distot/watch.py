@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -33,7 +33,8 @@ class Watch:
     """Told of everything that happens in a run; raises Stop when it is time to go.
 
     ``listen`` gets every event as a dict with the key "event"; a run gets them in its log as well. Of the processes of
-    ``world`` the first one speaks for all. ``asked`` gives the number of a signal that came some other way.
+    ``world`` the first one speaks for all. ``asked`` gives the number of a signal that came some other way; ``spent``
+    seconds of ``max_seconds`` are gone already.
     """
 
     def __init__(
@@ -44,10 +45,11 @@ class Watch:
         checkpoint_seconds: float = 60.0,
         world: Axis | None = None,
         asked: Callable[[], int | None] = lambda: None,
+        spent: float = 0.0,
     ) -> None:
         self.run, self.listen, self.world, self.asked = run, listen, world or Axis(), asked
         self.began = time.monotonic()
-        self.deadline = None if max_seconds is None else self.began + max_seconds
+        self.deadline = None if max_seconds is None else self.began + max_seconds - spent
         self.checkpoint_seconds = checkpoint_seconds
         self.signal: int | None = None
         self.seconds_per_sample = 0.0  # of the search, averaged over the last steps; 0 before the first
@@ -123,23 +125,31 @@ class Watch:
             self.tell("checkpoint", name=name, step=step, took=round(time.monotonic() - began, 4))
         self._saved = time.monotonic()
 
-    @contextmanager
-    def signals(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM end the run at the next block; a second Ctrl-C raises KeyboardInterrupt at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
 
-        def caught(number: int, frame: FrameType | None) -> None:
-            if self.signal is not None:
-                raise KeyboardInterrupt
-            self.signal = number
-            if self.listen is not None:
-                self.listen({"event": "signal", "signal": signal.Signals(number).name})
+class Stoppable(Protocol):
+    """Something that looks at ``signal`` now and then, and stops if it is set."""
 
-        before = {number: signal.signal(number, caught) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    signal: int | None
+    listen: Callable[[Event], None] | None
+
+
+@contextmanager
+def signals(to: Stoppable) -> Iterator[None]:
+    """Ctrl-C and SIGTERM are noted in ``to``; a second Ctrl-C raises KeyboardInterrupt at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def caught(number: int, frame: FrameType | None) -> None:
+        if to.signal is not None:
+            raise KeyboardInterrupt
+        to.signal = number
+        if to.listen is not None:
+            to.listen({"event": "signal", "signal": signal.Signals(number).name})
+
+    before = {number: signal.signal(number, caught) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -33,7 +33,7 @@ from distot.solver import Progress
 from distot.source import Source, from_spec
 from distot.store import Dropped, Latents, Run, need_space, open_latents
 from distot.target import Cache, Rows
-from distot.watch import Event, Watch
+from distot.watch import Event, Watch, signals
 
 Listen = Callable[[Event], None]
 
@@ -47,6 +47,7 @@ class Room:
     show: bool | None = None  # progress on the terminal; None: if it is one
     on_event: Listen | None = None
     asked: Callable[[], int | None] = lambda: None  # the number of a signal that was sent to the whole grid
+    spent: float = 0.0  # seconds of the time limit that were spent before, by processes that were lost
     level: int = 4  # of the caller's frame, for warnings
 
 
@@ -71,8 +72,9 @@ def solve(
     run: Path | None,
     init: object,
     room: Room,
+    copies: bool = False,
 ) -> Solution:
-    """Raises as ``api.solve`` does."""
+    """Raises as ``api.solve`` does. copies: the new run keeps a copy of the latents even if they are in a store."""
     if run is not None and any(room.grid.world.objects(run.exists())):
         raise StoreError(f"{run} exists already; continue it with `distot resume {run}`, or choose another name")
     rows = as_rows(latents)
@@ -85,15 +87,20 @@ def solve(
         return _drive(case, None, (), room)
     whole = None if warm is None else problem.target.split.gather(torch.from_numpy(warm)).numpy()
     if room.grid.leads:
-        _create(replace(case, init=whole), run)
+        _create(replace(case, init=whole), run, copies)
     room.grid.world.objects(None)  # it is there for all
     folder = Run(run)
     with _locked(folder, room):
         return _drive(replace(case, run=folder), None, (), room)
 
 
-def resume(run: Path, source: object, latents: object, changes: dict[str, Any], room: Room) -> Solution:
-    """Raises as ``api.resume`` does. changes: the options that are replaced; None takes a limit away."""
+def resume(
+    run: Path, source: object, latents: object, changes: dict[str, Any], room: Room, again: bool = False
+) -> Solution:
+    """Raises as ``api.resume`` does. changes: the options that are replaced; None takes a limit away.
+
+    again: after a loss of processes, which may have come when all was done.
+    """
     with _locked(Run(run), room):
         case, remarks, found = _open(run, source, latents, changes, room)
         problem, options = case.problem, case.options
@@ -111,7 +118,10 @@ def resume(run: Path, source: object, latents: object, changes: dict[str, Any], 
             done = f"has reached its goal of chi2 <= {options.until_chi2:g}; give a smaller --until-chi2 to go on"
         else:
             return _drive(case, replace(found, reason=None), remarks, room)
-        if _kept_certificate(case, found) is None:  # killed just before its end
+        certificate = _kept_certificate(case, found)
+        if certificate is not None and again:
+            return _solution(case, found, remarks, certificate)
+        if certificate is None:  # killed just before its end
             return _drive(case, replace(found, reason=found.reason or "max_samples"), remarks, room)
         raise InputError(f"{run} {done}")
 
@@ -163,8 +173,8 @@ def _drive(case: Case, progress: Progress | None, remarks: tuple[str, ...], room
     problem, assigner, options, run = case.problem, case.assigner, case.options, case.run
     world = problem.grid.world
     with listener(room.show if room.grid.leads else False, room.on_event) as listen:
-        watch = Watch(run, listen, options.max_seconds, options.checkpoint_seconds, world, room.asked)
-        with watch.signals():
+        watch = Watch(run, listen, options.max_seconds, options.checkpoint_seconds, world, room.asked, room.spent)
+        with signals(watch):
             if run is not None and run.config["options"] != options.to_dict():
                 run.config["options"] = options.to_dict()
                 if room.grid.leads:
@@ -249,14 +259,16 @@ def _locked(run: Run, room: Room) -> Iterator[None]:
         yield
 
 
-def _create(case: Case, path: Path) -> None:
-    """A new run folder, with a copy of latents that are in memory."""
-    config, arrays = describe(case.problem, case.options, _reference(case.rows, path), case.mass)
+def _create(case: Case, path: Path, copies: bool) -> None:
+    """A new run folder, with a copy of latents that are in memory, or of all if it ``copies``."""
+    copies = copies or not isinstance(case.rows, Latents)
+    latents = "latents.zarr" if copies else _reference(case.rows, path)
+    config, arrays = describe(case.problem, case.options, latents, case.mass)
     config["init"] = case.init is not None
     arrays |= {} if case.init is None else {"init": case.init}
-    copy = None if isinstance(case.rows, Latents) else (case.rows, None)
-    need_space(path, _checkpoint_bytes(case.problem) + (0 if copy is None else np.asarray(case.rows).nbytes))
-    Run.create(path, config, arrays, copy)
+    n, d = case.rows.shape
+    need_space(path, _checkpoint_bytes(case.problem) + copies * n * d * case.rows.dtype.itemsize)
+    Run.create(path, config, arrays, (case.rows, None) if copies else None)
 
 
 def _init(init: object, problem: Problem, assigner: str, room: Room) -> NDArray[Any]:
@@ -297,7 +309,8 @@ def _problem(rows: Rows, source: object, mass: Any, options: Options, room: Room
 
 def _reference(rows: Rows, run: Path) -> str:
     """How config.json names the latents: relative to the run folder, so that both can move together."""
-    return os.path.relpath(rows.path.resolve(), run.resolve()) if isinstance(rows, Latents) else "latents.zarr"
+    assert isinstance(rows, Latents)
+    return os.path.relpath(rows.path.resolve(), run.resolve())
 
 
 def _open(

@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from grids import on_grid
 from numpy.typing import NDArray
 
 from distot import assign, descent, optim, start
-from distot.assign.sharded import pack, unpack
 from distot.certify import certify
 from distot.entropic import Soft
-from distot.errors import InputError
-from distot.grid import Axis, Grid, Split, check
-from distot.masses import Masses
+from distot.grid import Grid
 from distot.problem import Problem, build_problem
-from distot.schedule import Options
-from distot.solution import Solution
 from distot.source import Stream
-from distot.work import Room, resume, solve
-from tests.grids import on_grid
 
 SHAPES = [(2, 1), (1, 2), (3, 1), (2, 2)]
-N, D = 4000, 6
+N, D = 9000, 6
 
 
 def cloud(n: int = N, d: int = D) -> NDArray[np.float64]:
@@ -114,4 +107,6 @@ def assert_close(name: str, found: Any, expected: Any, relative: float = 1e-5) -
 def test_every_phase_gives_what_one_process_gives(shape: tuple[int, int]) -> None:
     answers = on_grid(shape, everything)
     for answer in answers:
-        assert_close("", answer, alone())
+        # its log-sum-exp is computed in float32
+        assert_close("entropic", answer.pop("entropic"), alone()["entropic"], 1e-6)
+        assert_close("", answer, {name: its for name, its in alone().items() if name != "entropic"}, 1e-9)
