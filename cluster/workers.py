@@ -8,6 +8,7 @@ from its last checkpoint.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -25,7 +26,6 @@ import ray
 import torch
 from numpy.typing import NDArray
 from ray._private.state import state
-from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util import metrics
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
@@ -39,7 +39,7 @@ from distot.schedule import Options
 from distot.solution import Facts, Interrupted, Solution
 from distot.store import copy_latents
 from distot.target import Cache
-from distot.watch import signals
+from distot.watch import Event, signals
 from distot.work import Listen, Room, as_rows
 
 POLL = 0.2  # seconds between two looks of the driver
@@ -161,11 +161,13 @@ class Shape:
 class Group:
     """The members, placed and watched."""
 
-    def __init__(self, shape: Shape, listen: Callable[[dict[str, Any]], None]) -> None:
-        self.shape, self.listen = shape, listen
-        self.members: list[ActorHandle | None] = [None] * shape.workers
+    def __init__(self, shape: Shape, listen: Listen | None) -> None:
+        self.shape = shape
+        self.listen: Listen | None = listen
+        self.members: list[Any] = [None] * shape.workers
         self.where: list[str] = [""] * shape.workers  # nodes
         self.signal: int | None = None
+        self.asked: int | None = None  # the signal that was passed on
         self.owns_ray = False
 
     def __enter__(self) -> Group:
@@ -188,11 +190,11 @@ class Group:
             return
         try:
             if address is not None:
-                ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
                 return
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             cores = max(os.cpu_count() or 1, self.shape.workers)
-            ray.init(num_cpus=cores, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+            ray.init(num_cpus=cores, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
             self.owns_ray = True
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise InputError(
@@ -230,17 +232,20 @@ class Group:
                     name=f"distot worker {rank} of {self.shape.workers} ({os.getpid()}-{time.time_ns()})",
                 )
                 self.members[rank] = remote.remote(max(1, int(self.cpus)))
-        deadline = time.monotonic() + PLACED
+        deadline, pids = time.monotonic() + PLACED, []
         for rank, member in enumerate(self.members):
             assert member is not None
             try:
-                self.where[rank], _, _ = ray.get(member.place.remote(), timeout=max(1.0, deadline - time.monotonic()))
+                left = max(1.0, deadline - time.monotonic())
+                self.where[rank], _, pid = ray.get(member.place.remote(), timeout=left)
+                pids.append(pid)
             except (RayError, GetTimeoutError) as error:
                 self.lose(rank)
                 raise WorkersLost(
                     f"worker {rank} did not start within {PLACED:.0f} s ({type(error).__name__}); the cluster may have "
                     "no room for it any more: resume with fewer workers, or start more nodes"
                 ) from error
+        self.tell({"event": "workers", "time": time.time(), "pids": pids, "nodes": list(self.where)})
 
     def lose(self, rank: int) -> None:
         """Gives a member up, whatever it does."""
@@ -253,8 +258,8 @@ class Group:
         """The first member's answer; one of kind "broken" names who was lost, and ``mend`` brings them back."""
         leader = self.members[0]
         assert leader is not None
-        _, address, _ = ray.get(leader.place.remote())
-        calls = {}
+        address: str = ray.get(leader.place.remote())[1]
+        calls: dict[Any, int] = {}
         for rank, member in enumerate(self.members):
             assert member is not None
             call = member.work.options(name=f"distot {verb.__name__}, worker {rank}").remote(
@@ -296,10 +301,10 @@ class Group:
                 if isinstance(value, Answer):
                     answers[rank] = value
                 else:
-                    self._tell(value)
+                    self.tell(*value)
         if self.members[0] is not None:
             with suppress(RayError):  # lost after its last word
-                self._tell(ray.get(self.members[0].news.remote(), timeout=self.shape.silence))
+                self.tell(*ray.get(self.members[0].news.remote(), timeout=self.shape.silence))
         for answer in answers.values():
             if answer.kind == "refused":
                 return answer
@@ -308,9 +313,11 @@ class Group:
             return Answer("broken", error=WorkersLost("; ".join(lost or broken[:1])))
         return answers[0]
 
-    def _tell(self, events: list[dict[str, Any]]) -> None:
+    def tell(self, *events: Event) -> None:
+        """Passes events on to whoever listens."""
         for event in events:
-            self.listen(event)
+            if self.listen is not None:
+                self.listen(event)
 
     def _pass_on_signals(self) -> None:
         """Stops the run, with a checkpoint, after a signal to the driver, or when a node is about to be taken away."""
@@ -356,7 +363,7 @@ def launch(
     a new checkpoint.
     """
     began, failures, newest = time.monotonic(), 0, _newest(run)
-    with listener(show, on_event) as listen, Group(shape, listen or (lambda event: None)) as group, signals(group):
+    with listener(show, on_event) as listen, Group(shape, listen) as group, signals(group):
         while True:
             answer = group.run(getattr(work, verb), arguments, time.monotonic() - began)
             if answer.kind == "done":
@@ -377,7 +384,7 @@ def launch(
                 more = f"go on with: distot resume {run}" if run is not None and run.exists() else "nothing was kept"
                 raise WorkersLost(f"{failures} losses in a row without progress, the last one: {text}; {more}")
             note = f"lost {text}; going on from the last checkpoint"
-            group.listen({"event": "warning", "time": time.time(), "seconds": time.monotonic() - began, "text": note})
+            group.tell({"event": "warning", "time": time.time(), "seconds": time.monotonic() - began, "text": note})
             group.mend()
             if run is not None and (run / "config.json").exists() and verb in ("solve", "resume"):
                 verb = "resume"

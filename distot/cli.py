@@ -90,6 +90,12 @@ Seconds = Annotated[
 ]
 Moved = Annotated[Path | None, typer.Option(help="Where the latents are now, if they have moved.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Run on that many Ray workers; default: in this process.")]
+Replicas = Annotated[int, typer.Option(min=1, help="Workers that hold the same latents and share the samples.")]
+RayAddress = Annotated[
+    str | None,
+    typer.Option("--ray", metavar="ADDRESS", help="Ray cluster to run on, or auto; default: one on this machine."),
+]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN.zarr", help="A run folder.")]
 
 
@@ -178,12 +184,16 @@ def solve(
         int | None,
         typer.Option(parser=parse_count, metavar="COUNT", help="Samples of the certificate; default 10 per latent."),
     ] = None,
+    workers: Workers = None,
+    replicas: Replicas = 1,
+    ray: RayAddress = None,
     as_json: Json = False,
 ) -> int:
     """Solve for a source and latents, into a new run folder.
 
     Examples: distot solve latents.zarr run.zarr --max-time 10m
               distot solve latents.zarr run.zarr --source ball --radius 3 --until-chi2 0.02
+              distot solve latents.zarr run.zarr --workers 8 --replicas 2 --ray auto
     """
     solution = distot.solve(
         latents,
@@ -201,6 +211,9 @@ def solve(
         run=run,
         checkpoint_seconds=checkpoint_seconds,
         certificate_samples=certificate_samples,
+        workers=workers,
+        replicas=replicas,
+        ray=ray,
         progress=None,
         on_event=_speak,
     )
@@ -217,6 +230,9 @@ def resume(
     max_seconds: Seconds = None,
     latents: Moved = None,
     device: Device = None,
+    workers: Workers = None,
+    replicas: Replicas = 1,
+    ray: RayAddress = None,
     as_json: Json = False,
 ) -> int:
     """Go on with a run that was interrupted, killed, or stopped by its budget.
@@ -232,6 +248,9 @@ def resume(
         max_samples=max_samples,
         max_seconds=max_seconds,
         device=device,
+        workers=workers,
+        replicas=replicas,
+        ray=ray,
         on_event=_speak,
     )
     return _finish(solution, run, as_json)
@@ -244,13 +263,18 @@ def certify(
     seed_step: Annotated[int, typer.Option(min=0, help="Another number draws other, independent samples.")] = 0,
     latents: Moved = None,
     device: Device = None,
+    workers: Workers = None,
+    replicas: Replicas = 1,
+    ray: RayAddress = None,
     as_json: Json = False,
 ) -> int:
     """Measure anew how good the heights of a run are, with an exact search on fresh samples.
 
     Example: distot certify run.zarr --samples 1e6 --seed-step 1
     """
-    solution = distot.certify(run, samples, seed_step, latents=latents, device=device)
+    solution = distot.certify(
+        run, samples, seed_step, latents=latents, device=device, workers=workers, replicas=replicas, ray=ray
+    )
     _report(solution, run, as_json)
     return 0
 

@@ -45,7 +45,7 @@ class Graph:
         """s (n,) with (L + diag(anchor)) s = gradient, nearly, by conjugate gradients."""
         sum_up = self.split.axis.sum
         diagonal = self.degree + anchor
-        rest = gradient
+        rest = gradient.double()
         s, z = torch.zeros_like(rest), rest / diagonal
         direction, size = z, sum_up(rest @ z)
         enough = TOLERANCE**2 * float(size)

@@ -18,7 +18,7 @@ from distot.target import Cache, Rows, Target, build_target, check_rows
 
 SEARCH_FLOPS = 5e10  # of a portion of samples, so that a signal need not wait for long
 SEARCH_NUMBERS = 1 << 21  # in a portion
-BLOCKS = 16  # of a step at least, for columns of a grid to share
+BLOCKS, BLOCK_LEAST = 16, 64  # a step has so many blocks, for columns of a grid to share, if they have so many samples
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Problem:
         axis, size = self.grid.sample, self.orbit.size
         draws = self.draws(samples)
         parts = self.orbit.parts(draws) if stream in (Stream.CHECK, Stream.CERTIFY) else 1
-        block = max(1, min(BLOCK // size, -(-draws // (parts * BLOCKS))))
+        block = max(-(-BLOCK_LEAST // size), min(BLOCK // size, -(-draws // (parts * BLOCKS))))
         blocks = list(self.keys(stream, step, draws, block))
         width = self._portion(block * size)
         for part in range(parts):

@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["RAY_AUTH_MODE"] = "disabled"  # else Ray writes a token to the home folder
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
 import faiss
 import torch

@@ -16,7 +16,7 @@ from distot.grid import Grid
 
 
 def on_grid(shape: tuple[int, int], work: Callable[..., Any], *arguments: Any, seconds: float = 60.0) -> list[Any]:
-    """What ``work(grid, *arguments)``, an importable function, gives in each process. Raises RuntimeError if one fails."""
+    """What ``work(grid, *arguments)`` gives in each process. Raises RuntimeError if one fails."""
     context = mp.get_context("spawn")
     answers: Queue[Any] = context.Queue()
     with socket.socket() as free:

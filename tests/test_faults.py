@@ -258,7 +258,9 @@ def run(stopped: Path, latents: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize("name", ["average/c/0", "heights/zarr.json", "pairs/c/0/0", "zarr.json"])
+@pytest.mark.parametrize(
+    "name", [f"part-00000/{file}" for file in ("average/c/0", "heights/zarr.json", "pairs/c/0/0", "zarr.json")]
+)
 def test_damaged_checkpoint_falls_back(run: Path, damage: Callable[[Path], None], name: str) -> None:
     older, newer = committed(run)
     assert int(older.name[5:14]) <= int(newer.name[5:14])
@@ -294,10 +296,10 @@ def test_cut_manifest_falls_back(run: Path, damage: Callable[[Path], None]) -> N
 
 def test_resume_after_damage_says_so_and_repairs(launcher: Launcher, run: Path) -> None:
     older, newer = committed(run)
-    flip(newer / "average" / "c" / "0")
+    flip(newer / "part-00000" / "average" / "c" / "0")
     shown = launcher.run("inspect", run)
     assert shown.returncode == 0
-    assert str(newer / "average") in shown.stdout()
+    assert str(newer / "part-00000" / "average") in shown.stdout()
     child = launcher.command("resume", run)
     wait_for("two new checkpoints", lambda: not {older, newer} & set(committed(run)), child)
     child.kill(signal.SIGINT)
@@ -311,8 +313,8 @@ def test_resume_after_damage_says_so_and_repairs(launcher: Launcher, run: Path) 
 
 def test_all_checkpoints_damaged(launcher: Launcher, run: Path) -> None:
     for checkpoint in committed(run):
-        flip(checkpoint / "average" / "c" / "0")
-    parts = [str(checkpoint / "average" / "c" / "0") for checkpoint in committed(run)]
+        flip(checkpoint / "part-00000" / "average" / "c" / "0")
+    parts = [str(checkpoint / "part-00000" / "average" / "c" / "0") for checkpoint in committed(run)]
     for command in ("resume", "certify", "inspect"):
         child = launcher.run(command, run)
         assert_one_sentence(child, *parts, f"no checkpoint of {run} is left, start a new run")

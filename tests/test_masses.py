@@ -150,7 +150,7 @@ def test_looks_change_axes_and_steps_do_not() -> None:
 
     def axes(stream: Stream, samples: int) -> list[torch.Tensor]:
         found: list[torch.Tensor] = []
-        for x in problem.batch(stream, 0, samples):
+        for _, x in problem.batch(stream, 0, samples):
             assert isinstance(x, Orbits)
             if not found or x.basis is not found[-1]:
                 found.append(x.basis)

@@ -49,7 +49,11 @@ class Native(Exact):
         rows = max(k, TURNED_BYTES // (12 * basis.shape[0] * basis.shape[1]))
         for first in range(0, len(self.atoms), rows):
             # in float64, as a product in float32 would depend on how many rows there are
-            turned = torch.einsum("nd,gwd->ngw", self.atoms[first : first + rows].double(), basis.double()).float().contiguous()
+            turned = (
+                torch.einsum("nd,gwd->ngw", self.atoms[first : first + rows].double(), basis.double())
+                .float()
+                .contiguous()
+            )
             if len(turned) == len(self.atoms):
                 self._basis, self._turned = basis, turned
             yield turned
