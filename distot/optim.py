@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distot import entropic, graph
 from distot.assign import Winners
-from distot.grid import Grid, Split
+from distot.grid import Axis, Grid, Split
 
 RATE = 0.5  # share of the Newton step that is taken first
 DECAY = 0.5  # steps shrink like (1 + t)^-DECAY
@@ -28,6 +28,7 @@ DAMPING_FIRST, DAMPING_LEAST, DAMPING_MOST = 1.0, 0.05, 4.0  # of the Newton ste
 STRETCH = 0.5  # damping aims at steps that move paired atoms apart by this many margins at most, root mean square
 TRUST, NOISE = 1.5, 12.0  # a step failed if the next batch's chi2 exceeds this times the last one, and this many errors
 BRAKE, FLOOR = 3.0, 2.0  # then damping grows by BRAKE, and stays above FLOOR times the one that failed, for a while
+SMALL = 1 << 15  # atoms, up to which all processes keep all pairs
 OUTLIER = 100.0  # atoms whose margins exceed the median atom's by more count no more in the mean
 PRIOR = 5.0  # wins of mean margin added to each atom's own
 FULL_STEP = 0.2  # expected wins in a batch from which an atom takes the full step; below, one win would move it too far
@@ -42,7 +43,7 @@ class State:
     margin_sum: Tensor  # decayed sum of margins of the samples that each atom won
     margin_count: Tensor  # decayed number of those samples
     pairs: tuple[Tensor, ...] = ()  # (2, m) int32, winner and runner-up of samples of recent steps, oldest first
-    drawn: tuple[int, ...] = ()  # how many pairs all processes have of these steps
+    drawn: tuple[int, ...] = ()  # how many pairs there are of these steps in all
     margin: float = 0.0  # tau: the mean margin over all samples, 0 before the first step
     damping: float = DAMPING_FIRST
     floor: float = 0.0  # of the damping, since a step failed
@@ -104,6 +105,11 @@ def count(near: Winners, temperature: float, split: Split, chosen: slice = slice
     return Tally(torch.cat([soft[None], won]), near.index[chosen, :2].T.int(), len(best))
 
 
+def everywhere(split: Split) -> bool:
+    """Whether every process keeps all pairs, as it saves more time than it costs memory."""
+    return split.n <= SMALL
+
+
 def update(
     state: State,
     tally: Tally,
@@ -122,31 +128,36 @@ def update(
     the graph, which is a linear picture, is no longer to be trusted; less of it where they do not. A few atoms may
     still go much too far, as a cell that was empty shows no facets: the next batch tells, and the damping jumps.
     """
-    n, batch = split.n, grid.sample.total(tally.samples)
+    n, held = split.n, tally.samples if split.axis.rank == 0 else 0  # a column's samples are counted once
+    batch, new = grid.world.sum(torch.tensor([held, tally.pairs.shape[1]], dtype=torch.float64)).tolist()
     span = batch / first_batch
     hits, wins, margins = grid.sample.sum(tally.sums)
     margin_sum = MEMORY**span * state.margin_sum + margins
     margin_count = MEMORY**span * state.margin_count + wins
-    every_sum, every_count = split.gather(torch.stack([margin_sum, margin_count], dim=1)).T
-    tau = mean_margin(every_sum, every_count)
-    every = (every_sum + PRIOR * tau) / (every_count + PRIOR) + epsilon
-    drawn = (*state.drawn, int(grid.world.total(tally.pairs.shape[1])))
-    pairs = (*state.pairs, tally.pairs)
+    every = split.gather(torch.stack([hits, wins, margin_sum, margin_count, mass], dim=1))
+    hits, wins, sums, counts, nu = (column.contiguous() for column in every.T)
+    tau = mean_margin(sums, counts)
+    margin = (sums + PRIOR * tau) / (counts + PRIOR) + epsilon
+    fresh, world = tally.pairs, grid.world
+    if everywhere(split):
+        fresh, world = grid.sample.gather(fresh.T).T, Axis()
+        new = fresh.shape[1]
+    drawn, pairs = (*state.drawn, int(new)), (*state.pairs, fresh)
     room = int(n * min(max(0.5 * PAIRS_A_BATCH * state.time, PAIRS_LEAST), PAIRS_MOST))
     while sum(drawn) - drawn[0] >= room:
         drawn, pairs = drawn[1:], pairs[1:]
 
-    found, margin = graph.build(torch.cat(pairs, dim=1), every, split, grid.world), split.own(every)
-    excess = (hits / batch - mass) * (mass * batch / FULL_STEP).clamp(max=1)
-    newton = found.solve(-excess, state.damping * mass / margin)
-    step = span * RATE * (1 + state.time) ** -DECAY * (newton - split.axis.sum(mass @ newton))
-    error = float(split.axis.sum(((wins - 1) * wins / mass).sum())) / (batch * (batch - 1)) - 1
+    found = graph.build(torch.cat(pairs, dim=1), margin, world)
+    excess = (hits / batch - nu) * (nu * batch / FULL_STEP).clamp(max=1)
+    newton = found.solve(-excess, state.damping * nu / margin)
+    step = span * RATE * (1 + state.time) ** -DECAY * (newton - nu @ newton)
+    error = float(((wins - 1) * wins / nu).sum()) / (batch * (batch - 1)) - 1
     floor, damping = state.floor * MEMORY**span, state.damping * (found.stretch(step) / STRETCH) ** 0.5
     failed = error > TRUST * max(state.error, 0.0) + NOISE * (2 * n) ** 0.5 / batch
     if failed and not epsilon:  # whose soft masses the wins do not show
         floor, damping = max(floor, min(FLOOR * state.damping, 1.0)), BRAKE * state.damping
     time = state.time + span
-    heights = state.heights + step
+    heights = state.heights + split.own(step)
     average = state.average + AVERAGING * span / (time + AVERAGING * span) * (heights - state.average)
     return State(
         heights,
@@ -168,6 +179,8 @@ def update(
 def chosen(first: int, batch: int, split: Split) -> slice:
     """Of the samples from number ``first`` of a batch on, those whose pairs this process keeps for the graph."""
     stride = max(1, int(batch / (PAIRS_A_BATCH * split.n)))
+    if everywhere(split):
+        return slice(-first % stride, None, stride)
     begin = -first % stride + stride * ((split.axis.rank + -first // stride) % split.axis.size)
     return slice(begin, None, stride * split.axis.size)
 

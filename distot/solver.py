@@ -20,6 +20,7 @@ from distot import descent, optim, schedule, start, tree
 from distot.assign import Assigner
 from distot.certify import Certificate, cell_masses, certify, default_samples
 from distot.entropic import Soft
+from distot.grid import Axis
 from distot.optim import State
 from distot.problem import Problem
 from distot.schedule import Check, Options, StopRule
@@ -54,8 +55,10 @@ class Progress:
 
     def part(self, problem: Problem) -> Part:
         """What this process writes into a checkpoint; vectors that others have, too, are written once."""
-        split, arrays = problem.target.split, self.arrays()
-        if problem.grid.sample.rank:
+        split, grid, arrays = problem.target.split, problem.grid, self.arrays()
+        if not grid.leads and optim.everywhere(split):
+            arrays |= {"pairs": arrays["pairs"][:0], "pairs_of_step": 0 * arrays["pairs_of_step"]}
+        if grid.sample.rank:
             return Part(0, 0, {name: arrays[name] for name in ("pairs", "pairs_of_step")})
         return Part(split.first, split.count, arrays)
 
@@ -72,9 +75,10 @@ class Progress:
 def restore(saved: Checkpoint, problem: Problem) -> Progress:
     """The inverse of ``Progress.arrays`` and ``Progress.scalars`` on any grid, ready to run on.
 
-    A process reads the vectors of its own atoms, and those pairs which fall to it when all are dealt out.
+    A process reads the vectors of its own atoms, and all pairs or those which fall to it when they are dealt out.
     """
-    split, world, scalars = problem.target.split, problem.grid.world, saved.scalars
+    split, scalars = problem.target.split, saved.scalars
+    world = Axis() if optim.everywhere(split) else problem.grid.world
     device = problem.target.atoms.device
     own = slice(split.first, split.first + split.count)
     state: dict[str, Any] = {name: torch.as_tensor(saved.read(name, own), device=device) for name in VECTORS}

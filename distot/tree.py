@@ -1,8 +1,9 @@
 """A tree of coarser and coarser targets: nodes are k-means clusters of the atoms, split again into smaller ones.
 
 The start solves the coarsest problem first and refines its heights from level to level. The upper levels, down to the
-``top`` ones, are clusters of a sample and every process has them; of the lower ones each process has those below its
-own top nodes, for which their atoms are lent to it. Legend: n atoms, d dimension, K nodes.
+``top`` ones, are clusters of a sample; of the lower ones each process makes those below its own top nodes, for which
+their atoms are lent to it. Levels of few nodes are then given to every process, the others stay where they are.
+Legend: n atoms, d dimension, K nodes.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ BRANCH = 8  # atoms or nodes to a node, on average
 LEAST = 12  # nodes of the coarsest level
 ITERATIONS = 10  # of k-means
 TOP = 768  # nodes that every process has, at most
+WHOLE = 8192  # nodes of a level, up to which every process gets all of them
 TRAIN = 256  # atoms of the sample for each of them; at most half of all atoms
 
 
@@ -102,7 +104,23 @@ def grow(target: Target, grid: Grid, seed: int, poll: Callable[[], None]) -> Tre
         child = _children(nodes[number + 1], fine) if number + 1 < len(nodes) else fine
         split = Split(tuple(grid.target.objects(len(own_total))), grid.target)
         levels.append(_level(own_total, own_centre, child, split))
-    return Tree(levels, leaves, home)
+    return Tree(_shared(levels), leaves, home)
+
+
+def _shared(levels: list[Level]) -> list[Level]:
+    """The same levels, those of few nodes in every process: to solve them together would be nothing but talk."""
+    found = []
+    for level, finer in zip(levels, [*levels[1:], None], strict=True):
+        split = level.split
+        if split.axis.size > 1 and split.n > WHOLE:
+            found.append(level)
+            continue
+        node = level.node if split.axis.size == 1 else level.node + split.first
+        if finer is not None and finer.split.axis.size > 1 and finer.split.n <= WHOLE:
+            node = finer.split.gather(node)
+        atoms, mass = split.gather(level.atoms), split.gather(torch.from_numpy(level.mass)).numpy()
+        found.append(Level(atoms, mass, node, Split((split.n,))))
+    return found
 
 
 def _sampled(

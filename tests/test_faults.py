@@ -304,7 +304,7 @@ def test_resume_after_damage_says_so_and_repairs(launcher: Launcher, run: Path) 
     wait_for("two new checkpoints", lambda: not {older, newer} & set(committed(run)), child)
     child.kill(signal.SIGINT)
     assert child.wait() == 130
-    assert f"{newer / 'average' / 'c' / '0'} fails its checksum" in child.stderr()
+    assert f"{newer / 'part-00000' / 'average' / 'c' / '0'} fails its checksum" in child.stderr()
     assert f"using the checkpoint before it, {older.name}" in child.stderr()
     records = Run(run).records()
     assert [r["step"] for r in records if r["event"] == "resume"] == [int(older.name[5:14])]

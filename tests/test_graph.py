@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from distot import graph
-from distot.grid import Axis, Split
+from distot.grid import Axis
 
 
 def random_pairs(n: int, m: int) -> torch.Tensor:
@@ -36,7 +36,7 @@ def test_solves_the_damped_laplacian(n: int, m: int, monkeypatch: pytest.MonkeyP
     matrix = laplacian(pairs, margin) + torch.diag(anchor.double())
     expected = torch.linalg.solve(matrix, gradient.double())
     assert torch.allclose(
-        graph.build(pairs, margin, Split((n,)), Axis()).solve(gradient, anchor).double(), expected, rtol=1e-3, atol=1e-4
+        graph.build(pairs, margin, Axis()).solve(gradient, anchor).double(), expected, rtol=1e-3, atol=1e-4
     )
 
 
@@ -48,5 +48,5 @@ def test_both_sparse_products_agree() -> None:
 def test_stretch_is_in_margins() -> None:
     """Two atoms with margins 1 and 3, moved apart by 4: two mean margins."""
     margin = torch.tensor([1.0, 3.0], dtype=torch.float64)
-    found = graph.build(torch.tensor([[0], [1]], dtype=torch.int32), margin, Split((2,)), Axis())
+    found = graph.build(torch.tensor([[0], [1]], dtype=torch.int32), margin, Axis())
     assert found.stretch(torch.tensor([4.0, 0.0])) == pytest.approx(2)

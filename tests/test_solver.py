@@ -378,7 +378,7 @@ class TestParts:
             edge = np.eye(30)[i] - np.eye(30)[j]
             laplacian += np.outer(edge, edge) / (float(margin[i] + margin[j]) * pairs.shape[1])
         gradient, anchor = torch.randn(30, generator=torch.Generator().manual_seed(1)), torch.full((30,), 0.01)
-        found = graph.build(pairs, margin, Split((30,)), Axis())
+        found = graph.build(pairs, margin, Axis())
         expected = np.linalg.solve(laplacian + 0.01 * np.eye(30), gradient.numpy())
         assert np.allclose(found.solve(gradient, anchor), expected, rtol=0.02, atol=0.02 * np.abs(expected).max())
         shift = torch.arange(30.0)

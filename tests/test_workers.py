@@ -22,7 +22,7 @@ from distot.schedule import Options
 from distot.solution import Interrupted, Solution
 
 CLOUD = np.random.default_rng(3).standard_normal((3000, 5)) * np.linspace(2, 0.4, 5)
-WORK = 60_000
+WORK = 24_000
 OPTIONS = Options(
     until_chi2=None, max_samples=WORK, assigner="native", certificate_samples=20_000, checkpoint_seconds=0.3
 )
