@@ -26,7 +26,7 @@ import ray
 import torch
 from numpy.typing import NDArray
 from ray._private.state import state
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import RayError
 from ray.util import metrics
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -190,13 +190,15 @@ class Group:
             return
         try:
             if address is not None:
+                if (host := address.removeprefix("ray://").rpartition(":"))[0]:
+                    socket.create_connection((host[0], int(host[2])), timeout=10).close()  # Ray would try for minutes
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
                 return
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             cores = max(os.cpu_count() or 1, self.shape.workers)
             ray.init(num_cpus=cores, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
             self.owns_ray = True
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             raise InputError(
                 f"no Ray at {address or 'this machine'} ({error}); check --ray, or leave it out to start one here"
             ) from error
@@ -220,32 +222,38 @@ class Group:
         return room
 
     def mend(self) -> None:
-        """Starts the members that are missing, and waits until all answer."""
-        for rank, member in enumerate(self.members):
-            if member is None:
-                spot = PlacementGroupSchedulingStrategy(self.room, placement_group_bundle_index=rank)
-                remote = ray.remote(Member).options(
-                    num_cpus=self.room.bundle_specs[rank]["CPU"],
-                    num_gpus=self.room.bundle_specs[rank].get("GPU", 0),
-                    max_concurrency=4,
-                    scheduling_strategy=spot,
-                    name=f"distot worker {rank} of {self.shape.workers} ({os.getpid()}-{time.time_ns()})",
-                )
-                self.members[rank] = remote.remote(max(1, int(self.cpus)))
+        """Starts the members that are missing, and waits until all answer. Raises WorkersLost if they do not."""
         deadline, pids = time.monotonic() + PLACED, []
         for rank, member in enumerate(self.members):
-            assert member is not None
-            try:
-                left = max(1.0, deadline - time.monotonic())
-                self.where[rank], _, pid = ray.get(member.place.remote(), timeout=left)
-                pids.append(pid)
-            except (RayError, GetTimeoutError) as error:
-                self.lose(rank)
-                raise WorkersLost(
-                    f"worker {rank} did not start within {PLACED:.0f} s ({type(error).__name__}); the cluster may have "
-                    "no room for it any more: resume with fewer workers, or start more nodes"
-                ) from error
+            self.members[rank] = self._start(rank) if member is None else member
+        for rank in range(self.shape.workers):
+            while True:
+                try:
+                    left = max(1.0, deadline - time.monotonic())
+                    self.where[rank], _, pid = ray.get(self.members[rank].place.remote(), timeout=left)
+                    pids.append(pid)
+                    break
+                except RayError as error:  # its node is gone, and Ray had not noticed; or there is no room
+                    self.lose(rank)
+                    if time.monotonic() > deadline:
+                        raise WorkersLost(
+                            f"worker {rank} did not start within {PLACED:.0f} s ({type(error).__name__}); the cluster "
+                            "may have no room for it any more: resume with fewer workers, or start more nodes"
+                        ) from error
+                    time.sleep(1.0)
+                    self.members[rank] = self._start(rank)
         self.tell({"event": "workers", "time": time.time(), "pids": pids, "nodes": list(self.where)})
+
+    def _start(self, rank: int) -> Any:
+        bundle = self.room.bundle_specs[rank]
+        remote = ray.remote(Member).options(
+            num_cpus=bundle["CPU"],
+            num_gpus=bundle.get("GPU", 0),
+            max_concurrency=4,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(self.room, placement_group_bundle_index=rank),
+            name=f"distot worker {rank} of {self.shape.workers} ({os.getpid()}-{time.time_ns()})",
+        )
+        return remote.remote(max(1, int(self.cpus)))
 
     def lose(self, rank: int) -> None:
         """Gives a member up, whatever it does."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +21,15 @@ from ray.cluster_utils import Cluster
 import distot
 from cluster import workers
 from cluster.workers import Shape, WorkersLost
-from distot.errors import InputError
+from distot.errors import InputError, StoreError
 from distot.schedule import Options
 from distot.solution import Interrupted, Solution
+from distot.store import Run, copy_latents
 
 CLOUD = np.random.default_rng(3).standard_normal((3000, 5)) * np.linspace(2, 0.4, 5)
 WORK = 24_000
 OPTIONS = Options(
-    until_chi2=None, max_samples=WORK, assigner="native", certificate_samples=20_000, checkpoint_seconds=0.3
+    until_chi2=None, max_samples=WORK, assigner="native", certificate_samples=20_000, checkpoint_seconds=0.1
 )
 WHOLE: dict[str, Any] = {"until_chi2": None, "max_samples": WORK, "assigner": "native", "certificate_samples": 20_000}
 
@@ -157,17 +162,17 @@ def test_a_lost_node_is_left(reference: Solution, tmp_path: Path) -> None:
         others = [nodes.add_node(num_cpus=1) for _ in range(3)]
         nodes.wait_for_nodes()
         latents = tmp_path / "latents.zarr"
-        distot.store.copy_latents(CLOUD, None, latents, "test")
+        copy_latents(CLOUD, None, latents, "test")
 
         class Fate(Saboteur):
             def __call__(self, event: dict[str, Any]) -> None:
                 super().__call__(event)
-                if self.checkpoints == 2 and self.left:
+                if self.checkpoints and self.left:
                     self.left = 0
                     (victim,) = (node for node in others if node.node_id == self.said("workers")[0]["nodes"][1])
-                    nodes.remove_node(victim, allow_graceful=False)
+                    victim.kill_raylet()
 
-        fate = Fate(0)
+        fate = Fate(0, times=3)
         shape = Shape(2, ray=nodes.address)
         found = workers.solve(latents, "gaussian", None, OPTIONS, tmp_path / "run.zarr", None, shape, False, fate)
         assert_same(found, reference)
@@ -195,3 +200,38 @@ def test_the_signal_reaches_all(tmp_path: Path, reference: Solution) -> None:
     began = time.monotonic()
     assert_same(distot.resume(run, progress=False), reference)
     assert time.monotonic() - began < 120
+
+
+def test_a_run_outlives_its_driver(tmp_path: Path, reference: Solution) -> None:
+    """The driver is killed, and takes its workers with it; others go on."""
+    latents, run = tmp_path / "latents.zarr", tmp_path / "run.zarr"
+    copy_latents(CLOUD, None, latents, "test")
+    options = [
+        "--until-chi2",
+        "none",
+        "--max-samples",
+        str(WORK),
+        "--assigner",
+        "native",
+        "--checkpoint-seconds",
+        "0.1",
+    ]
+    options += ["--certificate-samples", "20000", "--workers", "2"]
+    command = [sys.executable, "-m", "distot.cli", "solve", str(latents), str(run), *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as driver:
+        deadline = time.monotonic() + 100
+        while not (run / "LATEST").exists():
+            assert time.monotonic() < deadline
+            assert driver.poll() is None, driver.stdout.read() if driver.stdout else ""
+            time.sleep(0.05)
+        driver.kill()
+    deadline = time.monotonic() + 30
+    while (run / "owner.json").exists() and time.monotonic() < deadline:
+        with suppress(StoreError), Run(run).lock():
+            break
+        time.sleep(0.2)
+    command = [sys.executable, "-m", "distot.cli", "resume", str(run), "--workers", "3", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["samples"] == reference.samples
+    assert_same(distot.load(run), reference)
