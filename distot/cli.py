@@ -279,6 +279,27 @@ def certify(
     return 0
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def submit(
+    context: typer.Context,
+    address: Annotated[str | None, typer.Option(help="Dashboard of the cluster, http://HOST:8265.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the job; default: it follows from the paths.")] = None,
+    runtime_env: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="JSON file with a Ray runtime environment; default: none.")
+    ] = None,
+    wait: Annotated[bool, typer.Option(help="Follow the log until the job ends.")] = True,
+) -> int:
+    """Submit a solve to a Ray cluster, or follow it, or go on with it, whichever it takes.
+
+    Example: distot submit --address http://head:8265 /shared/latents.zarr /shared/run.zarr --workers 8
+    """
+    from cluster.submit import submit as send
+
+    env = None if runtime_env is None else json.loads(runtime_env.read_text())
+    send(context.args, address, name, env, wait, lambda text: out.print(text, soft_wrap=True))
+    return 0
+
+
 @app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A latents store or a run folder.")],

@@ -1,0 +1,50 @@
+"""Jobs on a real Ray with its dashboard: submitted once, followed, taken up again."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+
+import distot
+from cluster.submit import JobFailed, submit
+from distot.errors import InputError
+from distot.store import copy_latents
+
+
+@pytest.fixture
+def dashboard(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    context = ray.init(num_cpus=3, include_dashboard=True, dashboard_port=0, log_to_driver=False)
+    yield f"http://{context.dashboard_url}"
+    ray.shutdown()
+
+
+def test_a_job_is_submitted_once_and_taken_up_again(dashboard: str, tmp_path: Path) -> None:
+    latents, run = tmp_path / "latents.zarr", tmp_path / "run.zarr"
+    copy_latents(np.random.default_rng(0).standard_normal((2000, 4)), None, latents, "test")
+    task = [str(latents), str(run), "--workers", "2", "--until-chi2", "0.1"]
+    said: list[str] = []
+    name = submit(task, dashboard, wait=False, show=said.append)
+    assert name.endswith("-1")
+    assert "submitted: python -m jobs.solve" in said[-1]
+    assert submit(task, dashboard, show=said.append) == name  # the same command follows it
+    assert any("is there already" in line for line in said)
+    assert any("the goal was reached" in line for line in said), said
+    assert distot.load(run).certificate.chi2 < 0.15
+    assert submit(task, dashboard, show=said.append) == f"{name[:-2]}-2"  # which finds nothing left to do
+    with pytest.raises(JobFailed, match=r"failed.*exit code 1; submit it again"):
+        submit([str(tmp_path / "none.zarr"), str(tmp_path / "b.zarr")], dashboard, show=said.append)
+    assert any("does not exist" in line for line in said)
+
+
+def test_what_is_no_task_is_refused() -> None:
+    with pytest.raises(InputError, match="a job needs LATENTS"):
+        submit(["--workers", "2"])
+    with pytest.raises(InputError, match=r"no Ray dashboard at http://127\.0\.0\.1:9"):
+        submit(["a.zarr", "b.zarr"], "http://127.0.0.1:9")
