@@ -82,7 +82,8 @@ def cell_masses(
     masses = Masses(problem.target.split, problem.orbit.size, wanted)
     for first, x in problem.batch(stream, step, wanted):
         poll()
-        near = assigner(x, heights, k=1 if soft is None else soft.top_k)
+        with problem.grid.meter.timed("search"):
+            near = assigner(x, heights, k=1 if soft is None else soft.top_k)
         share = torch.ones_like(near.score, dtype=torch.float64) if soft is None else shares(near, soft.epsilon)
         masses.add(first, near.index, share)
         if each is not None:

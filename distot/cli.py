@@ -25,6 +25,7 @@ import distot
 from distot.errors import DistotError, DistotWarning, InputError
 from distot.ingest import ingest as ingest_store
 from distot.inspect import describe
+from distot.plan import parse_machines, plan, table
 from distot.solution import Interrupted, Solution
 from distot.source import Ball, Cube, Gaussian, Sphere
 from distot.store import open_latents
@@ -297,6 +298,33 @@ def submit(
 
     env = None if runtime_env is None else json.loads(runtime_env.read_text())
     send(context.args, address, name, env, wait, lambda text: out.print(text, soft_wrap=True))
+    return 0
+
+
+@app.command("plan")
+def plan_run(
+    n: Annotated[int, typer.Option(parser=parse_count, metavar="COUNT", help="Latents, 1e9 say.")],
+    d: Annotated[int, typer.Option(min=1, help="Their dimension.")],
+    machines: Annotated[
+        list[str],
+        typer.Option("--gpus", "--on", metavar="MACHINES", help="8x h200, 64x h100, 2x cpu; may be repeated."),
+    ],
+    until_chi2: Annotated[float, typer.Option(help="Goal for the squared relative error of the cell masses.")] = 0.1,
+    replicas: Replicas = 1,
+) -> int:
+    """Estimate time, memory, traffic and cost of a run on machines that are not here, from a model.
+
+    Example: distot plan --n 1e9 --d 64 --gpus "8x h200" --gpus "64x h200"
+    """
+    chosen = [parse_machines(text) for text in machines]
+    plans = [plan(n, d, machine, workers, replicas, until_chi2) for workers, machine in chosen]
+    for line in table(plans):
+        out.print(line, soft_wrap=True)
+    if unmeasured := sorted({its.machine.name for its in plans if not its.machine.measured}):
+        _say("note", "yellow", f"the rates of {', '.join(unmeasured)} are assumed, not measured; see docs/scaling.md")
+    for its in plans:
+        if not its.fits:
+            _say("note", "yellow", f"{its.grid[0]} shards do not fit into {its.machine.name}; use more workers")
     return 0
 
 

@@ -52,7 +52,8 @@ def advance(
     k, temperature = (2, state.smoothing) if soft is None else (soft.top_k, soft.epsilon)
     for first, x in problem.batch(stream, step, wanted):
         poll()
-        near = assigner(x, state.heights, k)
+        with grid.meter.timed("search"):
+            near = assigner(x, state.heights, k)
         if each is not None:
             each(x, near)
         counted = optim.count(near, temperature, split, optim.chosen(first, batch, split))
@@ -64,7 +65,8 @@ def advance(
     assert tally is not None
     work = round(batch * orbit.work)
     epsilon = 0.0 if soft is None else soft.epsilon
-    state = optim.update(state, tally, schedule.first_batch(n, orbit.work), mass, work, split, grid, epsilon)
+    with grid.meter.timed("update"):
+        state = optim.update(state, tally, schedule.first_batch(n, orbit.work), mass, work, split, grid, epsilon)
     return lift(problem, state, optim.starving(state, mass, split), kept, LIFT_WORK * work) if lifting else state
 
 

@@ -7,7 +7,8 @@ They form a grid of two axes. Along ``target`` each owns a share of the atoms wi
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -24,11 +25,20 @@ gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into
 
 @dataclass
 class Meter:
-    """What the collectives of this process have cost."""
+    """What this process has spent its time on, and what its collectives have cost."""
 
     bytes: int = 0  # sent, in rings
-    seconds: float = 0.0  # waiting for slower processes included
+    seconds: float = 0.0  # in collectives, waiting for slower processes included
     calls: int = 0
+    phases: dict[str, float] = field(default_factory=dict)  # seconds of work by phase, without collectives
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Adds to a phase what the block takes, collectives aside."""
+        began, waited = time.perf_counter(), self.seconds
+        yield
+        taken = time.perf_counter() - began - (self.seconds - waited)
+        self.phases[phase] = self.phases.get(phase, 0.0) + taken
 
 
 @dataclass(frozen=True)
@@ -183,6 +193,18 @@ class Grid:
     @property
     def meter(self) -> Meter:
         return self.world.meter
+
+    def report(self) -> dict[str, Any]:
+        """Seconds and bytes of every process, and which one the others wait for."""
+        found = self.world.objects((self.meter.phases, self.meter.seconds, self.meter.bytes))
+        work = [sum(phases.values()) for phases, *_ in found]
+        names = sorted({name for phases, *_ in found for name in phases})
+        return {
+            "slowest": work.index(max(work)),
+            **{name: [round(phases.get(name, 0.0), 3) for phases, *_ in found] for name in names},
+            "waited": [round(seconds, 3) for _, seconds, _ in found],
+            "sent": [sent for *_, sent in found],
+        }
 
     @property
     def leads(self) -> bool:

@@ -34,10 +34,9 @@ class Orbit:
         self.dim, self.symmetry, self.seed, self.size, self.work = dim, symmetry, seed, 1, 1.0
         if symmetry == "none":
             return
-        log = min(dim, MOST_BLOCKS).bit_length() - 1
-        self.blocks = g = 1 << log
+        self.blocks = g = 1 << (min(dim, MOST_BLOCKS).bit_length() - 1)
         self.size = 2 * g
-        self.work = (2 * dim + g * log + (1 + COMPARE) * 2 * g) / (2 * g * (2 * (dim + 1) + COMPARE))
+        self.work = _work(dim, g)
         self.width = -(-dim // g)  # coordinates of a block; the last ones are filled up with zeros
 
     def parts(self, draws: int) -> int:
@@ -94,6 +93,16 @@ class Orbits:
         """All points (B T, d)."""
         half = self.halves().unflatten(0, (len(self.z), -1))
         return torch.cat([half, -half], dim=1).flatten(0, 1)
+
+
+def _work(dim: int, g: int) -> float:
+    log = g.bit_length() - 1
+    return (2 * dim + g * log + (1 + COMPARE) * 2 * g) / (2 * g * (2 * (dim + 1) + COMPARE))
+
+
+def work(x: Tensor | Orbits) -> float:
+    """What a sample of a request costs, in plain samples; see ``Orbit``."""
+    return _work(x.basis.shape[2], len(x.basis)) if isinstance(x, Orbits) else 1.0
 
 
 def signs(g: int) -> Tensor:

@@ -68,6 +68,9 @@ class Display:
     def say(self, text: str | Text) -> None:
         self.bar.console.print(text, soft_wrap=True)
 
+    def on_workers(self, e: Event) -> None:
+        self.say(f"{len(e['pids'])} workers on {len(set(e['nodes']))} nodes")
+
     def on_begin(self, e: Event) -> None:
         self.atoms, self.assigner = e["atoms"], e["assigner"]
         self.say(

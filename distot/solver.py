@@ -145,6 +145,8 @@ def iterate(problem: Problem, assigner: Assigner, options: Options, watch: Watch
                 with watch.timed(size):
                     progress = look(problem, assigner, soft, rule, progress, size, poll)
                 watch.tell("check", **progress.history[-1].to_dict())
+                if problem.grid.world.size > 1:
+                    watch.tell("grid", **problem.grid.report())
                 if rule.done(progress.history):
                     return replace(progress, reason="until_chi2")
                 continue
@@ -165,7 +167,8 @@ def iterate(problem: Problem, assigner: Assigner, options: Options, watch: Watch
                 waited=round(meter.seconds, 3),
             )
             if watch.due():
-                watch.save(state.step, progress.part(problem), progress.scalars())
+                with meter.timed("store"):
+                    watch.save(state.step, progress.part(problem), progress.scalars())
     except Stop as stop:
         return replace(progress, reason=stop.reason)
 

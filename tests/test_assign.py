@@ -274,16 +274,29 @@ class TestAuto(Contract):
         assert (search.name, search.why) == ("native", "nothing else to choose")
 
     @pytest.mark.parametrize("slow", ["plain", "rival"])
-    def test_takes_the_faster_and_drops_the_slower(self, slow: str) -> None:
+    def test_with_a_recall_takes_the_faster_and_drops_the_slower(self, slow: str) -> None:
         atoms, x = torch.randn(5000, 2), torch.randn(100, 2)
-        search, heights = Auto(atoms), -0.5 * atoms.square().sum(1)
-        truth = Native(atoms)(x, heights, 2)
+        search, heights = Auto(atoms, 0.9), -0.5 * atoms.square().sum(1)
         setattr(search, slow, Late(getattr(search, slow)))
         for _ in range(5):
-            assert torch.equal(search(x, heights, 2).index, truth.index)
+            search(x, heights, 2)
         assert search.name == ("lists" if slow == "plain" else "native")
         assert (search.rival is None) == (slow == "rival")
         assert "of the time of native for 100 samples" in search.why
+
+    @pytest.mark.parametrize(("d", "name"), [(2, "lists"), (24, "native")])
+    def test_between_exact_ones_the_clock_does_not_decide(self, d: int, name: str) -> None:
+        atoms, x = torch.randn(5000, d), torch.randn(400, d)
+        search, heights = Auto(atoms), -0.5 * atoms.square().sum(1)
+        truth = Native(atoms)(x, heights, 2)
+        assert search.rival is not None
+        search.plain = Late(search.plain) if name == "native" else search.plain
+        search.rival = Late(search.rival) if name == "lists" else search.rival
+        for _ in range(5):
+            assert torch.equal(search(x, heights, 2).index, truth.index)
+        assert search.name == name
+        assert (search.rival is None) == (name == "native")
+        assert "of all scores" in search.why
 
     def test_only_with_a_recall_may_it_miss(self) -> None:
         atoms = torch.randn(5000, 8)

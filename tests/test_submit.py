@@ -20,7 +20,7 @@ from distot.store import copy_latents
 @pytest.fixture
 def dashboard(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    context = ray.init(num_cpus=3, include_dashboard=True, dashboard_port=0, log_to_driver=False)
+    context = ray.init(address="local", num_cpus=3, include_dashboard=True, dashboard_port=0, log_to_driver=False)
     yield f"http://{context.dashboard_url}"
     ray.shutdown()
 

@@ -75,12 +75,13 @@ def check(name: str, recall: float | None) -> None:
         raise InputError(f"recall must lie between 0 and 1, or be None for an exact search; it is {recall}")
 
 
-def build(name: str, atoms: Tensor, recall: float | None = None) -> Assigner:
+def build(name: str, atoms: Tensor, recall: float | None = None, among: int | None = None) -> Assigner:
     """The assigner ``name`` over atoms (n, d) float32.
 
     "native": our own kernels on the CPU. "lists": visits only those groups of atoms where the winner may be, exactly or
     with the recall asked for, on the CPU. "triton": our own kernel on an NVIDIA GPU. "dense": tiled torch, any device.
-    "faiss": FAISS flat index on the CPU. "auto": the fastest by measurement. Raises InputError as ``check`` does, or
+    "faiss": FAISS flat index on the CPU. "auto": the fastest by trial. among: how many atoms there are in all, if these
+    are a share of them. Raises InputError as ``check`` does, or
     for a CPU search of atoms on a GPU.
     """
     check(name, recall)
@@ -108,7 +109,7 @@ def build(name: str, atoms: Tensor, recall: float | None = None) -> Assigner:
             return Faiss(atoms)
     from distot.assign.auto import Auto
 
-    return Auto(atoms, recall)
+    return Auto(atoms, recall, among)
 
 
 def over(problem: Problem, name: str, recall: float | None = None) -> Assigner:
@@ -118,7 +119,8 @@ def over(problem: Problem, name: str, recall: float | None = None) -> Assigner:
         return build(name, target.atoms, recall)
     from distot.assign.sharded import Sharded
 
-    return Sharded(build(name, target.atoms, recall) if target.split.count else None, target.split)
+    own = build(name, target.atoms, recall, target.n) if target.split.count else None
+    return Sharded(own, target.split)
 
 
 def plain(atoms: Tensor) -> Assigner:

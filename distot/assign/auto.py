@@ -1,44 +1,59 @@
-"""The fastest search for the problem at hand, by measurement: candidates are timed on the very samples of the calls."""
+"""The fastest search for the problem at hand, by trial on the very samples of the calls.
+
+Between exact searches on a CPU it is the share of scores that lists compute which decides, and not the clock: scores of
+orbits and of plain samples differ by rounding, and so would the answers of two runs that chose differently.
+"""
 
 from __future__ import annotations
 
 import time
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from distot import assign
 from distot.assign import Assigner, Winners
 from distot.assign.native import Native
-from distot.orbit import Orbits
+from distot.orbit import Orbits, work
+
+if TYPE_CHECKING:
+    from distot.assign.lists import Lists
 
 LEAST = 4096  # atoms, from which lists may be worth their while
+SPARSE = 0.5  # of the work of the plain choice: lists that compute fewer scores are faster
+USELESS = 0.9  # of that work in call 4 or later: dropped
 CLEAR, PATIENCE = 2.0, 4  # so many times as slow in call 4 or later: dropped
-BETTER = 1.1  # times as fast as the plain choice, to be preferred to it
+BETTER = 1.1  # times as fast by the clock, to be preferred to the plain choice
 
 
 class Auto:
     """On the CPU ``native`` or ``lists``, with a ``recall`` if one is given; on a GPU ``dense`` or ``triton``.
 
     The choice is looked at again in calls 1, 2, 4, ..., as heights change; a rival that is clearly slower is dropped.
-    ``name`` is that of the choice, ``why`` says what was measured.
+    ``name`` is that of the choice, ``why`` says what was measured. ``among``: how many atoms there are in all, if these
+    are a share of them.
     """
 
-    def __init__(self, atoms: Tensor, recall: float | None = None) -> None:
+    def __init__(self, atoms: Tensor, recall: float | None = None, among: int | None = None) -> None:
         self.rival: Assigner | None = None
+        self.lists: Lists | None = None  # the rival, if its scores decide
         self.plain = assign.plain(atoms)
+        self.recall, self.calls = recall, 0
         if isinstance(self.plain, Native):
-            if len(atoms) >= LEAST:
+            if (among or len(atoms)) >= LEAST:
                 from distot.assign.likely import Likely
                 from distot.assign.lists import Lists
 
-                self.rival = Lists(atoms, self.plain) if recall is None else Likely(atoms, recall, self.plain)
+                if recall is None:
+                    self.rival = self.lists = Lists(atoms, self.plain)
+                else:
+                    self.rival = Likely(atoms, recall, self.plain)
         elif find_spec("triton"):
             from distot.assign.triton import Triton
 
             self.rival = Triton(atoms)
         self.choice: Assigner = self.plain
-        self.recall, self.calls = recall, 0
         self.why = "nothing else to choose" if self.rival is None else "nothing measured yet"
 
     @property
@@ -54,11 +69,18 @@ class Auto:
         if self.rival is None or self.calls & (self.calls - 1) or not len(x):
             return self.choice(x, heights, k)
         rival = self.rival
+        scored = 0.0 if self.lists is None else self.lists.scored
         near = rival(x, heights, k)  # lists learn from their first call
-        plain, other = (_seconds(search, x, heights, k) for search in (self.plain, rival))
-        self.choice = rival if plain > BETTER * other else self.plain
-        self.why = f"{rival.name} took {other / plain:.2f} of the time of {self.plain.name} for {len(x):,} samples"
-        if other > CLEAR * plain and self.calls >= PATIENCE:
+        if self.lists is not None:
+            share, cost = (self.lists.scored - scored) / len(x), work(x)
+            cheaper, slower = share < SPARSE * cost, share > USELESS * cost
+            self.why = f"{rival.name} computed {share:.1%} of all scores, {self.plain.name} costs {cost:.1%} of them"
+        else:
+            plain, other = (_seconds(search, x, heights, k) for search in (self.plain, rival))
+            cheaper, slower = plain > BETTER * other, other > CLEAR * plain
+            self.why = f"{rival.name} took {other / plain:.2f} of the time of {self.plain.name} for {len(x):,} samples"
+        self.choice = rival if cheaper else self.plain
+        if slower and self.calls >= PATIENCE:
             self.rival = None
         return near
 
