@@ -9,12 +9,15 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import shlex
+import time
 from collections.abc import Callable
 from typing import Any
 
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from distot.errors import DistotError, InputError
+
+READY = 60.0  # seconds that a new cluster may need before it takes jobs
 
 
 class JobFailed(DistotError):
@@ -58,7 +61,7 @@ def submit(
     else:
         last = attempts[attempts.index(last) + 1] if last is not None else attempts[0]
         entrypoint = shlex.join(["python", "-m", "jobs.solve", *words])
-        client.submit_job(entrypoint=entrypoint, submission_id=last, runtime_env=runtime_env or {})
+        _submit(client, entrypoint, last, runtime_env or {})
         show(f"{last} submitted: {entrypoint}")
     if not wait:
         return last
@@ -68,6 +71,19 @@ def submit(
         message = (client.get_job_info(last).message or "").partition(", last available logs")[0]
         raise JobFailed(f"{last} {status.value.lower()}: {message.strip()}; submit it again to go on where it stopped")
     return last
+
+
+def _submit(client: JobSubmissionClient, entrypoint: str, name: str, runtime_env: dict[str, Any]) -> None:
+    """Submits, and tries again for a while as long as a cluster that has just started is not ready for jobs."""
+    deadline = time.monotonic() + READY
+    while True:
+        try:
+            client.submit_job(entrypoint=entrypoint, submission_id=name, runtime_env=runtime_env)
+            return
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise JobFailed(f"the cluster did not take the job: {error}") from error
+            time.sleep(1.0)
 
 
 async def _follow(client: JobSubmissionClient, name: str, show: Callable[[str], None]) -> None:

@@ -13,6 +13,7 @@ from distot import optim, schedule, tree
 from distot.certify import default_samples
 from distot.errors import InputError
 from distot.orbit import Orbit
+from distot.problem import SEARCH_FLOPS, SEARCH_NUMBERS
 
 EFFICIENCY = 0.9  # of a sample of work 1, math (11); what the stop rule counts on
 VECTORS = 14  # float64 vectors of all atoms that a process holds at once while it solves for a step
@@ -128,18 +129,21 @@ def plan(
     alone = sum(30 * k * work**-0.5 * cost * k * (2 * d + 5) for k in levels if k <= tree.WHOLE)
     start = grown + (solved - alone) / rate + alone / (1e9 * machine.gflops)
 
-    ring = 0.0 if workers == 1 else 1.0
+    target, sample, world = (
+        (size - 1) / size for size in (shards, columns, workers)
+    )  # of a ring's bytes, sent by each
     pairs = 0 if n <= optim.SMALL else ITERATIONS + 1
-    winners = 2 * 8 * 2 * (shards > 1) * drawn / columns
-    vectors = steps * 8 * n * ring * (5 * (shards > 1) + 2 * pairs + 2 * 3 / shards * (columns > 1))
+    winners = 2 * 8 * 2 * target * drawn / columns
+    vectors = steps * 8 * n * (5 * target + 2 * pairs * world + 2 * 3 / shards * sample)
     sent = winners + vectors
-    calls = steps * (6 + pairs) + 3 * drawn / columns * flops / shards / 5e10
     own = n / shards
+    portion = min(SEARCH_FLOPS["cuda" if machine.halves else "cpu"] / (2 * own * d), SEARCH_NUMBERS / d)
+    calls = steps * (6 + pairs) + 3 * drawn / columns / portion
     held = optim.PAIRS_MOST * n * 8 / workers * 3
     saved = (4 * 8 + 8 * min(optim.PAIRS_MOST, 0.1 * time)) * n
     search = (drawn + looks) * cost * flops / rate
     update = steps * machine.update * n * (1 if n <= optim.SMALL else 0.5 + 0.5 / workers)
-    talk = sent / (1e9 * machine.link) + ring * calls * machine.latency
+    talk = sent / (1e9 * machine.link) + (workers > 1) * calls * machine.latency
     saves = (search + update + talk) / checkpoint_seconds + 1
     return Plan(
         machine,

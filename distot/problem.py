@@ -16,7 +16,7 @@ from distot.power import Array, Frame
 from distot.source import BLOCK, Key, Source, Stream, as_source
 from distot.target import Cache, Rows, Target, build_target, check_rows
 
-SEARCH_FLOPS = 5e10  # of a portion of samples, so that a signal need not wait for long
+SEARCH_FLOPS = {"cpu": 5e10, "cuda": 2e13}  # of a portion of samples, so that a signal need not wait for long
 SEARCH_NUMBERS = 1 << 21  # in a portion
 BLOCKS, BLOCK_LEAST = 16, 64  # a step has so many blocks, for columns of a grid to share, if they have so many samples
 
@@ -82,7 +82,8 @@ class Problem:
     def _portion(self, block: int) -> int:
         """How many blocks of so many samples go to a search: a second's work, but no more than memory likes."""
         n, d = -(-self.target.n // self.grid.target.size), self.target.dim
-        return max(1, int(min(SEARCH_FLOPS / (2 * n * d), SEARCH_NUMBERS / d)) // block)
+        flops = SEARCH_FLOPS[self.target.atoms.device.type]
+        return max(1, int(min(flops / (2 * n * d), SEARCH_NUMBERS / d)) // block)
 
 
 def build_problem(

@@ -11,14 +11,14 @@ import torch
 from grids import on_grid
 from numpy.typing import NDArray
 
-from distot import assign, descent, optim, start
+from distot import assign, descent, optim, start, tree
 from distot.certify import certify
 from distot.entropic import Soft
 from distot.grid import Grid
 from distot.problem import Problem, build_problem
 from distot.source import Stream
 
-SHAPES = [(2, 1), (1, 2), (3, 1), (2, 2)]
+SHAPES = [(2, 1), (2, 2), (1, 2), (3, 1)]  # by turns as if small and as if large
 N, D = 9000, 6
 
 
@@ -41,8 +41,10 @@ def whole(problem: Problem, own: torch.Tensor) -> NDArray[Any]:
     return problem.target.split.gather(own).numpy()
 
 
-def everything(grid: Grid) -> dict[str, Any]:
-    """The numbers of every phase of a solve."""
+def everything(grid: Grid, talk: bool = False) -> dict[str, Any]:
+    """The numbers of every phase of a solve. talk: as if the problem were too large for anything to be done by all."""
+    if talk:
+        optim.SMALL, tree.WHOLE = 100, 50
     problem = build_problem(cloud(), mass=masses(), device="cpu", grid=grid)
     target = problem.target
     found: dict[str, Any] = {
@@ -103,9 +105,9 @@ def assert_close(name: str, found: Any, expected: Any, relative: float = 1e-5) -
         assert found == expected, name
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_every_phase_gives_what_one_process_gives(shape: tuple[int, int]) -> None:
-    answers = on_grid(shape, everything)
+@pytest.mark.parametrize(("shape", "talk"), [(shape, number % 2 == 1) for number, shape in enumerate(SHAPES)])
+def test_every_phase_gives_what_one_process_gives(shape: tuple[int, int], talk: bool) -> None:
+    answers = on_grid(shape, everything, talk)
     for answer in answers:
         # its log-sum-exp is computed in float32
         assert_close("entropic", answer.pop("entropic"), alone()["entropic"], 1e-6)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import signal
+import socket
+import subprocess
 import sys
+import tempfile
+import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import ray
 
 import distot
 from cluster.submit import JobFailed, submit
@@ -17,12 +22,38 @@ from distot.errors import InputError
 from distot.store import copy_latents
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def wait_for_dashboard(address: str) -> None:
+    for _ in range(300):
+        try:
+            urllib.request.urlopen(f"{address}/api/version", timeout=2).close()
+            return
+        except OSError:
+            time.sleep(0.2)
+    raise TimeoutError(f"no dashboard at {address}")
+
+
 @pytest.fixture
 def dashboard(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    context = ray.init(address="local", num_cpus=3, include_dashboard=True, dashboard_port=0, log_to_driver=False)
-    yield f"http://{context.dashboard_url}"
-    ray.shutdown()
+    ports = [str(free_port()) for _ in range(4)]  # of its own, as other tests have a Ray at the same time
+    names = ["--port", "--dashboard-port", "--dashboard-agent-listen-port", "--ray-client-server-port"]
+    options = [word for pair in zip(names, ports, strict=True) for word in pair]
+    with tempfile.TemporaryDirectory(prefix="ray") as folder:
+        command = ["ray", "start", "--head", "--block", "--num-cpus=3", f"--temp-dir={folder}", *options]
+        head = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            address = f"http://127.0.0.1:{ports[1]}"
+            wait_for_dashboard(address)
+            yield address
+        finally:
+            os.killpg(head.pid, signal.SIGKILL)
+            head.wait()
 
 
 def test_a_job_is_submitted_once_and_taken_up_again(dashboard: str, tmp_path: Path) -> None:
