@@ -386,7 +386,7 @@ def launch(
                 assert answer.error is not None
                 raise answer.error
             leaving = group.leaving()
-            if answer.kind == "interrupted" and not leaving:
+            if answer.kind == "interrupted" and (group.signal is not None or not leaving):
                 assert answer.facts is not None
                 raise Interrupted(str(answer.error), solution(answer, run), answer.signal)
             for rank in leaving:
@@ -401,9 +401,10 @@ def launch(
             group.tell({"event": "warning", "time": time.time(), "seconds": time.monotonic() - began, "text": note})
             group.mend()
             if run is not None and (run / "config.json").exists() and verb in ("solve", "resume"):
-                verb = "resume"
+                known = {"latents": None, "changes": {}} if verb == "solve" else arguments
                 source = arguments["source"] if callable(arguments["source"]) else None
-                arguments = {"run": run, "source": source, "latents": None, "changes": {}, "again": True}
+                arguments = dict(known) | {"run": run, "source": source, "again": True}
+                verb = "resume"
 
 
 def solution(answer: Answer, run: Path | None) -> Solution:
@@ -486,3 +487,19 @@ def certify(
     """``distot.certify`` on workers."""
     arguments = {"run": run.resolve(), "samples": samples, "seed_step": seed_step, "source": source, "latents": latents}
     return solution(launch("certify", arguments | {"changes": changes}, shape, run.resolve()), run)
+
+
+def assign_file(
+    run: Path,
+    samples: Path | NDArray[Any],
+    out: Path,
+    source: object,
+    latents: object,
+    changes: dict[str, Any],
+    shape: Shape,
+) -> int:
+    """``distot.assign_file`` on workers."""
+    given = samples.resolve() if isinstance(samples, Path) else samples
+    arguments = {"run": run.resolve(), "samples": given, "out": out.resolve(), "source": source, "latents": latents}
+    found: int = launch("assign_file", arguments | {"changes": changes}, shape, run.resolve()).result
+    return found

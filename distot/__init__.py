@@ -1,6 +1,6 @@
 """distot: semi-discrete optimal transport at scale, from a continuous source to N latents."""
 
-from distot.api import certify, load, resume, solve
+from distot.api import assign_file, certify, load, resume, solve
 from distot.certify import Certificate
 from distot.errors import DistotError, DistotWarning, InputError, StoreError
 from distot.power import heights_to_weights, weights_to_heights
@@ -22,6 +22,7 @@ __all__ = [
     "Source",
     "Sphere",
     "StoreError",
+    "assign_file",
     "certify",
     "heights_to_weights",
     "load",

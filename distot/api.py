@@ -164,3 +164,32 @@ def certify(
 
     shape = group.Shape(workers, replicas, ray, device or "auto")
     return group.certify(Path(run), samples, seed_step, source, latents, changes, shape)
+
+
+def assign_file(
+    run: str | Path,
+    samples: ArrayLike | Tensor | str | Path,
+    out: str | Path,
+    *,
+    source: object = None,
+    latents: ArrayLike | Tensor | str | Path | None = None,
+    device: str | None = None,
+    workers: int | None = None,
+    replicas: int = 1,
+    ray: str | None = None,
+) -> int:
+    """The latent whose power cell holds each sample, math (2), for samples that may be larger than memory; how many.
+
+    samples: (B, d) array, npy file or zarr array. out: npy file to write, (B,) int64. workers, replicas, ray: as in
+    ``solve``. For a few samples ``load(run).assign(x)`` is the same without files.
+
+    Raises InputError for samples of another shape, NaN, or a file that cannot be read; StoreError as ``load`` does.
+    """
+    given = Path(samples) if isinstance(samples, str | Path) else np.asarray(samples)
+    changes = {} if device is None else {"device": device}
+    if workers is None:
+        return work.assign_file(Path(run), given, Path(out), source, latents, changes, Room())
+    from cluster import workers as group
+
+    shape = group.Shape(workers, replicas, ray, device or "auto")
+    return group.assign_file(Path(run), given, Path(out), source, latents, changes, shape)

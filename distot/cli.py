@@ -280,6 +280,28 @@ def certify(
     return 0
 
 
+@app.command()
+def assign(
+    run: RunPath,
+    samples: Annotated[Path, typer.Argument(metavar="SAMPLES", help="npy file or zarr array (B, d).")],
+    out: Annotated[Path, typer.Argument(metavar="OUT.npy", help="File to write: one latent's number for each sample.")],
+    latents: Moved = None,
+    device: Device = None,
+    workers: Workers = None,
+    replicas: Replicas = 1,
+    ray: RayAddress = None,
+) -> int:
+    """Say which latent each sample belongs to, by the map of a run.
+
+    Example: distot assign run.zarr noise.npy pairs.npy
+    """
+    count = distot.assign_file(
+        run, samples, out, latents=latents, device=device, workers=workers, replicas=replicas, ray=ray
+    )
+    print(f"{out}: the latents of {count:,} samples")
+    return 0
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def submit(
     context: typer.Context,

@@ -172,7 +172,8 @@ class Solution:
             for part in values.split(BLOCK)
             if len(part)
         ]
-        return target.original[torch.cat(found).numpy()] if found else np.empty(0, dtype=np.int64)
+        winner = torch.cat(found) if found else torch.empty(0, dtype=torch.int64)
+        return target.split.pick(torch.from_numpy(target.original), winner).numpy()
 
     def map(self, x: ArrayLike | Tensor) -> NDArray[Any]:
         """The OT map T(x) = y_i (B, d), math (5): the latents themselves, in their own dtype."""

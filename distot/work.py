@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -31,8 +32,8 @@ from distot.schedule import Options, StopRule
 from distot.solution import Facts, Held, Interrupted, Solution, describe
 from distot.solver import Progress
 from distot.source import Source, from_spec
-from distot.store import Dropped, Latents, Run, need_space, open_latents
-from distot.target import Cache, Rows
+from distot.store import Dropped, Latents, Run, explained, need_space, open_latents
+from distot.target import ROWS, Cache, Rows
 from distot.watch import Event, Watch, signals
 
 Listen = Callable[[Event], None]
@@ -151,6 +152,51 @@ def certify(
         certificate = _solution(case, found, remarks, None).certify(samples, seed_step)
         _keep_certificate(case, found, certificate)
         return _solution(case, found, remarks, certificate)
+
+
+def assign_file(
+    run: Path,
+    samples: Path | NDArray[Any],
+    out: Path,
+    source: object,
+    latents: object,
+    changes: dict[str, Any],
+    room: Room,
+) -> int:
+    """The latents of samples (B, d), written by the first process to the npy file ``out`` (B,); B.
+
+    Raises as ``api.assign_file`` does.
+    """
+    rows = _samples(samples)
+    solution = load(run, source, latents, changes, room)
+    partial = out.with_name(f".{out.name}.partial")
+    with explained("write", out):
+        file = open_memmap(partial, "w+", np.int64, (rows.shape[0],)) if room.grid.leads else None
+        try:
+            for first in range(0, rows.shape[0], ROWS):
+                found = solution.assign(np.asarray(rows[first : first + ROWS]))
+                if file is not None:
+                    file[first : first + len(found)] = found
+            if file is not None:
+                file.flush()
+                partial.rename(out)
+        finally:
+            if room.grid.leads:
+                partial.unlink(missing_ok=True)
+    return int(rows.shape[0])
+
+
+def _samples(samples: Path | NDArray[Any]) -> Rows:
+    """Samples that can be read by range. Raises InputError for what is no matrix of numbers."""
+    if isinstance(samples, Path) and samples.suffix == ".npy":
+        try:
+            samples = np.load(samples, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{samples} cannot be read as an npy file: {error}") from error
+    rows = open_latents(samples) if isinstance(samples, Path) else samples
+    if len(rows.shape) != 2 or rows.dtype.kind not in "fiu":
+        raise InputError(f"samples must be real and of shape (B, d), not {rows.dtype} {tuple(rows.shape)}")
+    return rows
 
 
 def as_rows(latents: object) -> Rows:

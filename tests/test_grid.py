@@ -12,11 +12,15 @@ from grids import on_grid
 from numpy.typing import NDArray
 
 from distot import assign, descent, optim, start, tree
+from distot.assign import Winners
+from distot.assign.sharded import pack, unpack
 from distot.certify import certify
 from distot.entropic import Soft
-from distot.grid import Grid
+from distot.errors import InputError
+from distot.grid import Grid, check
 from distot.problem import Problem, build_problem
 from distot.source import Stream
+from distot.target import divide
 
 SHAPES = [(2, 1), (2, 2), (1, 2), (3, 1)]  # by turns as if small and as if large
 N, D = 9000, 6
@@ -112,3 +116,38 @@ def test_every_phase_gives_what_one_process_gives(shape: tuple[int, int], talk: 
         # its log-sum-exp is computed in float32
         assert_close("entropic", answer.pop("entropic"), alone()["entropic"], 1e-6)
         assert_close("", answer, {name: its for name, its in alone().items() if name != "entropic"}, 1e-9)
+
+
+def test_packed_keys_are_in_the_order_of_winners() -> None:
+    """Best score first, of equal ones the lowest index, and the scores come back bit for bit."""
+    generator = np.random.default_rng(0)
+    score = torch.from_numpy(generator.standard_normal((500, 6)).astype(np.float32)).round(decimals=1)
+    score[0] = torch.tensor([0.0, -0.0, -1e-38, 3e38, -3e38, 1e-38])
+    index = torch.from_numpy(generator.permuted(np.tile(np.arange(6), (500, 1)), axis=1)) * 1000
+    keys = pack(Winners(index, score), first=(1 << 31) - 6000)
+    found = unpack(keys.sort(dim=1, descending=True).values)
+    for mine, its in zip(found.index.tolist(), found.score.tolist(), strict=True):
+        assert list(zip([-value for value in its], mine, strict=True)) == sorted(
+            zip([-value for value in its], mine, strict=True)
+        )
+    assert torch.equal(found.index.sort(1).values, index.sort(1).values + (1 << 31) - 6000)
+    assert torch.equal(found.score.sort(1).values, score.sort(1).values)
+
+
+def test_shares_keep_the_pieces_of_a_store_together() -> None:
+    class Store(np.ndarray[Any, Any]):
+        grains = (1000, 100)
+
+    def cuts(n: int, shares: int) -> tuple[int, ...]:
+        return divide(np.zeros((n, 1)).view(Store), shares)
+
+    assert cuts(32_000, 4) == (0, 8000, 16_000, 24_000, 32_000)  # whole files
+    assert cuts(8050, 3) == (0, 2700, 5400, 8050)  # too few of them: whole chunks
+    assert cuts(10, 3) == (0, 3, 6, 10)
+    assert divide(np.zeros((7, 1)), 2) == (0, 3, 7)
+
+
+def test_a_grid_is_whole_rows_of_replicas() -> None:
+    assert check(8, 2) == (4, 2)
+    with pytest.raises(InputError, match="8 workers cannot hold 3 replicas"):
+        check(8, 3)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.cluster_utils import Cluster
 
 import distot
@@ -136,6 +137,12 @@ def test_resumes_on_any_grid(reference: Solution, tmp_path: Path) -> None:
     distot.resume(run, max_samples=WORK // 2, workers=3, progress=False)
     distot.resume(run, max_samples=2 * WORK // 3, workers=2, replicas=2, progress=False)
     assert_same(distot.resume(run, max_samples=WORK, progress=False), reference)
+    np.save(tmp_path / "x.npy", CLOUD[:1000] + 0.1)
+    assert distot.assign_file(run, tmp_path / "x.npy", tmp_path / "there.npy", workers=2) == 1000
+    assert distot.assign_file(run, CLOUD[:1000] + 0.1, tmp_path / "here.npy") == 1000
+    here, there = np.load(tmp_path / "here.npy"), np.load(tmp_path / "there.npy")
+    assert np.array_equal(here, there)
+    assert np.array_equal(here, distot.load(run).assign(CLOUD[:1000] + 0.1))
     again = distot.certify(run, 30_000, seed_step=1, workers=2)
     alone = distot.certify(run, 30_000, seed_step=1)
     assert again.certificate.chi2 == pytest.approx(alone.certificate.chi2, rel=1e-8)
@@ -235,3 +242,36 @@ def test_a_run_outlives_its_driver(tmp_path: Path, reference: Solution) -> None:
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["samples"] == reference.samples
     assert_same(distot.load(run), reference)
+
+
+def test_workers_leave_a_node_that_gets_notice(tmp_path: Path, reference: Solution) -> None:
+    """Ray is told that a node will go, as on a spot market: the run saves a checkpoint, and goes on elsewhere."""
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    try:
+        for _ in range(3):
+            nodes.add_node(num_cpus=1)
+        nodes.wait_for_nodes()
+        latents = tmp_path / "latents.zarr"
+        copy_latents(CLOUD, None, latents, "test")
+
+        class Market(Saboteur):
+            def __call__(self, event: dict[str, Any]) -> None:
+                super().__call__(event)
+                if event["event"] == "step" and self.left:
+                    self.left = 0
+                    node = self.said("workers")[0]["nodes"][1]
+                    soon = int(1000 * (time.time() + 600))
+                    GcsClient(address=nodes.address).drain_node(node, 2, "the market took it", soon)  # 2: preemption
+
+        market = Market(0)
+        shape = Shape(2, ray=nodes.address)
+        found = workers.solve(latents, "gaussian", None, OPTIONS, tmp_path / "run.zarr", None, shape, False, market)
+        assert_same(found, reference)
+        first, second = market.said("workers")
+        assert second["nodes"][1] not in first["nodes"]
+        assert second["pids"][0] == first["pids"][0]
+        (warning,) = market.said("warning")
+        assert "workers [1] are on nodes that will go" in warning["text"]
+    finally:
+        ray.shutdown()
+        nodes.shutdown()

@@ -44,6 +44,11 @@ class Latents:
         return (_from_bfloat16(values) if self.bfloat16 else values)[inverse]
 
     @property
+    def grains(self) -> tuple[int, ...]:
+        """Rows that lie together, most first: in a file, and in a piece of it that is read at once."""
+        return tuple(its[0] for its in (self.array.shards, self.array.chunks) if its)
+
+    @property
     def fingerprint(self) -> str | None:
         return self.attributes.get("fingerprint")
 
