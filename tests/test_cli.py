@@ -25,7 +25,7 @@ from processes import LIMIT, Child, Launcher, Normal, quick_folder, wait_for
 import distot
 from distot.store import Run, copy_latents
 
-COMMANDS = ("ingest", "solve", "resume", "certify", "inspect")
+COMMANDS = ("ingest", "solve", "resume", "certify", "assign", "submit", "plan", "inspect")
 FOREVER = ("--until-chi2", "none", "--max-samples", "1e12")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "100"}
 Z = np.random.default_rng(5).standard_normal((100, 3)).astype(np.float32)
@@ -362,6 +362,32 @@ def test_overview(launcher: Launcher, arguments: list[str]) -> None:
 def facts(child: Child) -> dict[str, str]:
     assert child.returncode == 0, child.stderr()
     return {line[:18].strip(): line[18:].strip() for line in child.stdout().splitlines()}
+
+
+def test_assign_writes_the_latent_of_each_sample(launcher: Launcher, finished: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", Z[:7])
+    done = launcher.run("assign", finished, tmp_path / "x.npy", tmp_path / "out.npy")
+    assert done.returncode == 0, done.stderr()
+    assert done.stdout() == f"{tmp_path / 'out.npy'}: the latents of 7 samples\n"
+    assert np.array_equal(np.load(tmp_path / "out.npy"), distot.load(finished).assign(Z[:7]))
+    np.save(tmp_path / "flat.npy", Z[:, 0])
+    for file, part in (
+        ("flat.npy", "must be real and of shape (B, d), not float32 (100,)"),
+        ("none.npy", "cannot be read"),
+    ):
+        assert_one_sentence(launcher.run("assign", finished, tmp_path / file, tmp_path / "no.npy"), part)
+        assert not (tmp_path / "no.npy").exists()
+
+
+def test_plan_prints_a_table_and_what_is_assumed(launcher: Launcher) -> None:
+    done = launcher.run("plan", "--n", "1e9", "--d", "64", "--gpus", "8x h200", "--gpus", "64x H200")
+    assert done.returncode == 0, done.stderr()
+    assert len(done.stdout().splitlines()) == 4
+    assert "the rates of H200 are assumed, not measured" in done.stderr()
+    assert "8 shards do not fit into H200; use more workers" in done.stderr()
+    assert_one_sentence(
+        launcher.run("plan", "--n", "1e9", "--d", "64", "--gpus", "a pony"), "'a pony' names no machines"
+    )
 
 
 def test_inspect_latents(launcher: Launcher, latents: Path) -> None:

@@ -13,6 +13,7 @@ from distot.errors import InputError
 from distot.orbit import Orbits, points
 
 TURNED_BYTES = 256 << 20  # for atoms as an orbit's blocks see them; kept if all of them fit, else made block by block
+TURNED_ROWS = 8192  # at a time
 
 
 class Native(Exact):
@@ -46,14 +47,14 @@ class Native(Exact):
         if self._basis is basis:
             yield self._turned
             return
-        rows = max(k, TURNED_BYTES // (12 * basis.shape[0] * basis.shape[1]))
+        rows = max(k, TURNED_BYTES // (4 * basis.shape[0] * basis.shape[1]))
         for first in range(0, len(self.atoms), rows):
-            # in float64, as a product in float32 would depend on how many rows there are
-            turned = (
-                torch.einsum("nd,gwd->ngw", self.atoms[first : first + rows].double(), basis.double())
-                .float()
-                .contiguous()
-            )
+            atoms = self.atoms[first : first + rows]
+            turned = torch.empty(len(atoms), *basis.shape[:2])
+            for part in range(0, len(atoms), TURNED_ROWS):
+                # in float64, as a product in float32 would depend on how many rows there are
+                own = slice(part, part + TURNED_ROWS)
+                turned[own] = torch.einsum("nd,gwd->ngw", atoms[own].double(), basis.double()).float()
             if len(turned) == len(self.atoms):
                 self._basis, self._turned = basis, turned
             yield turned
