@@ -26,7 +26,7 @@ import ray
 import torch
 from numpy.typing import NDArray
 from ray._private.state import state
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.util import metrics
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -65,7 +65,7 @@ class WorkersLost(DistotError):
 
 
 class Member:
-    """One process of the grid. ``talk`` methods answer while it works."""
+    """One process of the grid. It answers ``place``, ``news`` and ``ask`` also while it works."""
 
     def __init__(self, threads: int) -> None:
         torch.set_num_threads(threads)
@@ -152,9 +152,13 @@ class Shape:
     cpus: float | None = None  # of each worker; None: what this machine has, shared out, or 1 on a cluster
     silence: float = SILENCE
 
+    def __post_init__(self) -> None:
+        """Raises InputError if replicas do not divide workers."""
+        grid.check(self.workers, self.replicas)
+
     @property
     def grid(self) -> tuple[int, int]:
-        """Processes along the axes target and sample. Raises InputError if replicas do not divide workers."""
+        """Processes along the axes target and sample."""
         return grid.check(self.workers, self.replicas)
 
 
@@ -308,6 +312,8 @@ class Group:
                 rank = calls.pop(reference) if reference in calls else pings.pop(reference)
                 try:
                     value = ray.get(reference)
+                except RayTaskError:  # no loss but a mistake in the code, which would come again
+                    raise
                 except RayError as error:
                     gone(rank, type(error).__name__)
                     continue
@@ -432,7 +438,6 @@ def solve(
     on_event: Listen | None,
 ) -> Solution:
     """``distot.solve`` on workers. What is in memory goes to a temporary folder, from where they read it."""
-    shape.grid  # noqa: B018  # raises InputError before any work
     scratch = tempfile.TemporaryDirectory(prefix="distot-")
     folder = Path(scratch.name)
     inside = not isinstance(latents, str | Path)
@@ -471,7 +476,7 @@ def resume(
     on_event: Listen | None,
 ) -> Solution:
     """``distot.resume`` on workers, as many as there are now."""
-    arguments = {"run": run.resolve(), "source": source, "latents": latents, "changes": changes}
+    arguments = {"run": run.resolve(), "source": source, "latents": _found(latents), "changes": changes}
     return solution(launch("resume", arguments, shape, run.resolve(), show=show, on_event=on_event), run)
 
 
@@ -485,8 +490,10 @@ def certify(
     shape: Shape,
 ) -> Solution:
     """``distot.certify`` on workers."""
-    arguments = {"run": run.resolve(), "samples": samples, "seed_step": seed_step, "source": source, "latents": latents}
-    return solution(launch("certify", arguments | {"changes": changes}, shape, run.resolve()), run)
+    arguments = {"run": run.resolve(), "samples": samples, "seed_step": seed_step, "source": source}
+    return solution(
+        launch("certify", arguments | {"latents": _found(latents), "changes": changes}, shape, run.resolve()), run
+    )
 
 
 def assign_file(
@@ -500,6 +507,12 @@ def assign_file(
 ) -> int:
     """``distot.assign_file`` on workers."""
     given = samples.resolve() if isinstance(samples, Path) else samples
-    arguments = {"run": run.resolve(), "samples": given, "out": out.resolve(), "source": source, "latents": latents}
-    found: int = launch("assign_file", arguments | {"changes": changes}, shape, run.resolve()).result
+    arguments = {"run": run.resolve(), "samples": given, "out": out.resolve(), "source": source}
+    arguments |= {"latents": _found(latents), "changes": changes}
+    found: int = launch("assign_file", arguments, shape, run.resolve()).result
     return found
+
+
+def _found(latents: object) -> object:
+    """A path as any process on this machine finds it."""
+    return Path(latents).resolve() if isinstance(latents, str | Path) else latents
