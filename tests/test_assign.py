@@ -284,9 +284,9 @@ class TestAuto(Contract):
         assert (search.rival is None) == (slow == "rival")
         assert "of the time of native for 100 samples" in search.why
 
-    @pytest.mark.parametrize(("d", "name"), [(2, "lists"), (24, "native")])
-    def test_between_exact_ones_the_clock_does_not_decide(self, d: int, name: str) -> None:
-        atoms, x = torch.randn(5000, d), torch.randn(400, d)
+    @pytest.mark.parametrize(("n", "d", "name"), [(200_000, 2, "lists"), (5000, 24, "native")])
+    def test_between_exact_ones_the_clock_does_not_decide(self, n: int, d: int, name: str) -> None:
+        atoms, x = torch.randn(n, d), torch.randn(400, d)
         search, heights = Auto(atoms), -0.5 * atoms.square().sum(1)
         truth = Native(atoms)(x, heights, 2)
         assert search.rival is not None
@@ -297,6 +297,14 @@ class TestAuto(Contract):
         assert search.name == name
         assert (search.rival is None) == (name == "native")
         assert "of all scores" in search.why
+
+    def test_a_small_problem_in_the_plane_is_searched_plainly(self) -> None:
+        """Few scores are left over, but to find out which ones would take longer than to compute all."""
+        atoms, x = torch.randn(10_000, 2), torch.randn(2000, 2)
+        search = Auto(atoms)
+        for _ in range(5):
+            search(x, -0.5 * atoms.square().sum(1), 2)
+        assert search.name == "native"
 
     def test_only_with_a_recall_may_it_miss(self) -> None:
         atoms = torch.randn(5000, 8)

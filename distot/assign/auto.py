@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from distot.assign.lists import Lists
 
 LEAST = 4096  # atoms, from which lists may be worth their while
-SPARSE = 0.5  # of the work of the plain choice: lists that compute fewer scores are faster
-USELESS = 0.9  # of that work in call 4 or later: dropped
+ROUTE = 50.0  # scores that a list costs every sample, visited or not
+ENOUGH, USELESS = 0.8, 0.9  # of the work of the plain choice: lists are taken below the one, dropped above the other
 CLEAR, PATIENCE = 2.0, 4  # so many times as slow in call 4 or later: dropped
 BETTER = 1.1  # times as fast by the clock, to be preferred to the plain choice
 
@@ -73,7 +73,8 @@ class Auto:
         near = rival(x, heights, k)  # lists learn from their first call
         if self.lists is not None:
             share, cost = (self.lists.scored - scored) / len(x), work(x)
-            cheaper, slower = share < SPARSE * cost, share > USELESS * cost
+            cheaper = share + ROUTE * self.lists.density < ENOUGH * cost
+            slower = share > USELESS * cost
             self.why = f"{rival.name} computed {share:.1%} of all scores, {self.plain.name} costs {cost:.1%} of them"
         else:
             plain, other = (_seconds(search, x, heights, k) for search in (self.plain, rival))

@@ -43,6 +43,11 @@ class Lists(Exact):
         self.won, self.seen, self.fitted = Won(self.groups), 0, 0  # fitted: samples seen when the bounds were made
 
     @property
+    def density(self) -> float:
+        """Lists for each atom."""
+        return len(self.groups.sizes) / len(self.groups.names)
+
+    @property
     def scored(self) -> float:
         return self.groups.scored
 
