@@ -170,6 +170,7 @@ class Group:
         self.listen: Listen | None = listen
         self.members: list[Any] = [None] * shape.workers
         self.where: list[str] = [""] * shape.workers  # nodes
+        self.moved: dict[int, PlacementGroup] = {}  # room of their own for members that had to leave their node
         self.signal: int | None = None
         self.asked: int | None = None  # the signal that was passed on
         self.owns_ray = False
@@ -256,14 +257,22 @@ class Group:
 
     def _start(self, rank: int) -> Any:
         bundle = self.room.bundle_specs[rank]
+        room, number = (self.moved[rank], 0) if rank in self.moved else (self.room, rank)
         remote = ray.remote(Member).options(
             num_cpus=bundle["CPU"],
             num_gpus=bundle.get("GPU", 0),
             max_concurrency=4,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(self.room, placement_group_bundle_index=rank),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(room, placement_group_bundle_index=number),
             name=f"distot worker {rank} of {self.shape.workers} ({os.getpid()}-{time.time_ns()})",
         )
         return remote.remote(max(1, int(self.cpus)))
+
+    def move(self, rank: int) -> None:
+        """Gives a member up and looks for room on another node; a bundle stays on its node until that is gone."""
+        self.lose(rank)
+        if rank in self.moved:
+            remove_placement_group(self.moved[rank])
+        self.moved[rank] = placement_group([self.room.bundle_specs[rank]])
 
     def lose(self, rank: int) -> None:
         """Gives a member up, whatever it does."""
@@ -362,7 +371,8 @@ class Group:
         for rank in range(len(self.members)):
             self.lose(rank)
         if hasattr(self, "room"):
-            remove_placement_group(self.room)
+            for room in (self.room, *self.moved.values()):
+                remove_placement_group(room)
         if self.owns_ray:
             ray.shutdown()
 
@@ -396,7 +406,7 @@ def launch(
                 assert answer.facts is not None
                 raise Interrupted(str(answer.error), solution(answer, run), answer.signal)
             for rank in leaving:
-                group.lose(rank)
+                group.move(rank)
             text = f"{answer.error}" if answer.kind == "broken" else f"workers {leaving} are on nodes that will go"
             failures = 1 if _newest(run) != newest else failures + 1
             newest = _newest(run)
