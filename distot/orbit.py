@@ -87,11 +87,11 @@ class Orbits:
         """The points + H z (B g, d), draw by draw; the others are their opposites. Float32, whatever the portion."""
         blocks = torch.einsum("bgw,gwd->gbd", self.z.double(), self.basis.double())
         points = torch.tensordot(signs(len(blocks)).to(blocks), blocks, dims=1)  # (g, B, d)
-        return points.float().transpose(0, 1).reshape(len(self) // 2, -1)
+        return points.float().transpose(0, 1).reshape(len(self) // 2, self.basis.shape[2])
 
     def points(self) -> Tensor:
         """All points (B T, d)."""
-        half = self.halves().unflatten(0, (len(self.z), -1))
+        half = self.halves().unflatten(0, (len(self.z), self.z.shape[1]))
         return torch.cat([half, -half], dim=1).flatten(0, 1)
 
 
