@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 from torch import Tensor
 
 from distot import work
+from distot.case import Listen, Room
 from distot.schedule import Options
 from distot.solution import Solution
-from distot.work import Listen, Room
+from distot.work import Task
 
 
 def solve(
@@ -80,13 +82,8 @@ def solve(
         top_k,
     )
     given = None if mass is None else np.asarray(mass)
-    where = None if run is None else Path(run)
-    if workers is None:
-        return work.solve(latents, source, given, options, where, init, Room(show=progress, on_event=on_event))
-    from cluster import workers as group
-
-    shape = group.Shape(workers, replicas, ray, device)
-    return group.solve(latents, source, given, options, where, init, shape, progress, on_event)
+    task = work.Solve(_path(latents), source, given, options, None if run is None else Path(run), _path(init))
+    return _do(task, workers, replicas, ray, device, progress, on_event)
 
 
 def resume(
@@ -118,12 +115,8 @@ def resume(
     """
     changes = {"until_chi2": until_chi2, "max_samples": max_samples, "max_seconds": max_seconds, "device": device}
     given = {name: None if value == math.inf else value for name, value in changes.items() if value is not None}
-    if workers is None:
-        return work.resume(Path(run), source, latents, given, Room(show=progress, on_event=on_event))
-    from cluster import workers as group
-
-    shape = group.Shape(workers, replicas, ray, device or "auto")
-    return group.resume(Path(run), source, latents, given, shape, progress, on_event)
+    task = work.Resume(Path(run), source, _path(latents), given)
+    return _do(task, workers, replicas, ray, device, progress, on_event)
 
 
 def load(
@@ -137,8 +130,7 @@ def load(
 
     Raises StoreError if there is no run, or no checkpoint in it yet.
     """
-    changes = {} if device is None else {"device": device}
-    return work.load(Path(run), source, latents, changes, Room())
+    return work.Load(Path(run), source, _path(latents), _on(device))(Room())
 
 
 def certify(
@@ -157,13 +149,8 @@ def certify(
 
     Raises as ``load`` does, and StoreError if another process is writing to the run.
     """
-    changes = {} if device is None else {"device": device}
-    if workers is None:
-        return work.certify(Path(run), samples, seed_step, source, latents, changes, Room())
-    from cluster import workers as group
-
-    shape = group.Shape(workers, replicas, ray, device or "auto")
-    return group.certify(Path(run), samples, seed_step, source, latents, changes, shape)
+    task = work.Certify(Path(run), source, _path(latents), _on(device), samples, seed_step)
+    return _do(task, workers, replicas, ray, device)
 
 
 def assign_file(
@@ -186,10 +173,32 @@ def assign_file(
     Raises InputError for samples of another shape, NaN, or a file that cannot be read; StoreError as ``load`` does.
     """
     given = Path(samples) if isinstance(samples, str | Path) else np.asarray(samples)
-    changes = {} if device is None else {"device": device}
-    if workers is None:
-        return work.assign_file(Path(run), given, Path(out), source, latents, changes, Room())
-    from cluster import workers as group
+    task = work.AssignFile(Path(run), source, _path(latents), _on(device), samples=given, out=Path(out))
+    found: int = _do(task, workers, replicas, ray, device)
+    return found
 
-    shape = group.Shape(workers, replicas, ray, device or "auto")
-    return group.assign_file(Path(run), given, Path(out), source, latents, changes, shape)
+
+def _do(
+    task: Task,
+    workers: int | None,
+    replicas: int,
+    ray: str | None,
+    device: str | None,
+    progress: bool | None = None,
+    on_event: Listen | None = None,
+) -> Any:
+    """Does a task in this process, or on workers if a number of them is given."""
+    if workers is None:
+        return task(Room(show=progress, on_event=on_event))
+    from cluster.workers import Shape, on_workers
+
+    return on_workers(task, Shape(workers, replicas, ray, device or "auto"), progress, on_event)
+
+
+def _path(given: Any) -> Any:
+    return Path(given) if isinstance(given, str) else given
+
+
+def _on(device: str | None) -> dict[str, Any]:
+    """The change of options that a device is."""
+    return {} if device is None else {"device": device}

@@ -1,189 +1,198 @@
-"""What each process of a grid does for a verb: open or build the problem, run it, certify it. One is a grid, too.
+"""The tasks: what each process of a grid does for a verb. One process is a grid, too.
 
-On a grid all processes call the same function with the same arguments; the first one speaks, holds the lock of the run
-folder, and commits what all have written. Legend: N latents, d dimension, n atoms.
+On a grid all processes do the same task; the first one speaks, holds the lock of the run folder, and commits what all
+have written. Legend: N latents, d dimension, B samples.
 """
 
 from __future__ import annotations
 
-import os
 import signal
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
-from torch import Tensor
 
-from distot import assign, descent, optim, solver, start
-from distot.assign import Assigner
-from distot.certify import Certificate
+from distot import descent, solver, start
+from distot.case import Case, Room, locked, new_case, open_case
 from distot.errors import DistotWarning, InputError, StoreError
-from distot.grid import Grid
-from distot.problem import Problem, build_problem
+from distot.problem import Problem
 from distot.progress import listener
 from distot.schedule import Options, StopRule
-from distot.solution import Facts, Held, Interrupted, Solution, describe
+from distot.solution import Interrupted, Solution
 from distot.solver import Progress
-from distot.source import Source, from_spec
-from distot.store import Dropped, Latents, Run, explained, need_space, open_latents
-from distot.target import ROWS, Cache, Rows
-from distot.watch import Event, Watch, signals
-
-Listen = Callable[[Event], None]
+from distot.store import Run, explained, need_space, open_latents
+from distot.target import ROWS, Rows
+from distot.watch import Watch, signals
 
 
-@dataclass(frozen=True)
-class Room:
-    """Where a verb works: the place in a grid, and who hears of it."""
+class Task(Protocol):
+    """Something to do with a run, in this process or, by the same call in each, in many."""
 
-    grid: Grid = field(default_factory=Grid)
-    cache: Cache = field(default_factory=dict)  # of latents that were read, for when the same share is built again
-    show: bool | None = None  # progress on the terminal; None: if it is one
-    on_event: Listen | None = None
-    asked: Callable[[], int | None] = lambda: None  # the number of a signal that was sent to the whole grid
-    spent: float = 0.0  # seconds of the time limit that were spent before, by processes that were lost
-    level: int = 4  # of the caller's frame, for warnings
+    @property
+    def run(self) -> Path | None: ...
+
+    def __call__(self, room: Room) -> Any: ...
+
+    def again(self) -> Task:
+        """What is to be done after processes were lost."""
+        ...
 
 
 @dataclass(frozen=True)
-class Case:
-    """A problem with everything that was chosen for it."""
+class Solve:
+    """Raises as ``api.solve`` does."""
 
-    problem: Problem
-    assigner: Assigner
+    latents: object
+    source: object
+    mass: NDArray[Any] | None
     options: Options
-    rows: Rows
-    mass: NDArray[Any] | None  # as the user gave it
-    init: NDArray[Any] | None = None  # heights of own atoms for a warm start, in the frame
-    run: Run | None = None
+    run: Path | None = None
+    init: object = None
+    copies: bool = False  # the new run keeps a copy of the latents even if they are in a store
 
-
-def solve(
-    latents: object,
-    source: object,
-    mass: NDArray[Any] | None,
-    options: Options,
-    run: Path | None,
-    init: object,
-    room: Room,
-    copies: bool = False,
-) -> Solution:
-    """Raises as ``api.solve`` does. copies: the new run keeps a copy of the latents even if they are in a store."""
-    if run is not None and any(room.grid.world.objects(run.exists())):
-        raise StoreError(f"{run} exists already; continue it with `distot resume {run}`, or choose another name")
-    rows = as_rows(latents)
-    if isinstance(source, Path) or (isinstance(source, str) and source.endswith(".zarr")):
-        source = open_latents(source)[:]
-    problem = _problem(rows, source, mass, options, room)
-    warm = None if init is None else _init(init, problem, options.assigner, room)
-    case = Case(problem, assign.over(problem, options.assigner, options.recall), options, rows, mass, warm)
-    if run is None:
-        return _drive(case, None, (), room)
-    whole = None if warm is None else problem.target.split.gather(torch.from_numpy(warm)).numpy()
-    if room.grid.leads:
-        _create(replace(case, init=whole), run, copies)
-    room.grid.world.objects(None)  # it is there for all
-    folder = Run(run)
-    with _locked(folder, room):
-        return _drive(replace(case, run=folder), None, (), room)
-
-
-def resume(
-    run: Path, source: object, latents: object, changes: dict[str, Any], room: Room, again: bool = False
-) -> Solution:
-    """Raises as ``api.resume`` does. changes: the options that are replaced; None takes a limit away.
-
-    again: after a loss of processes, which may have come when all was done.
-    """
-    with _locked(Run(run), room):
-        case, remarks, found = _open(run, source, latents, changes, room)
-        problem, options = case.problem, case.options
+    def __call__(self, room: Room) -> Solution:
+        run = self.run
+        if run is not None and any(room.grid.world.objects(run.exists())):
+            raise StoreError(f"{run} exists already; continue it with `distot resume {run}`, or choose another name")
+        case = new_case(self.latents, self.source, self.mass, self.options, room)
+        if self.init is not None:
+            case = replace(case, init=_init(self.init, case.problem, self.options.assigner, room))
+        if run is None:
+            return _drive(case, None, (), room)
+        whole = None if case.init is None else case.problem.target.split.gather(torch.from_numpy(case.init)).numpy()
         if room.grid.leads:
-            need_space(run, _checkpoint_bytes(problem))
-        if found is None or not found.started:
-            return _drive(case, None, remarks, room)
-        rule = StopRule(problem.target.n, options.until_chi2, problem.orbit.work)
-        if "until_chi2" in changes and found.history:
-            found = replace(found, next_check=rule.next(found.history))
-        spent = found.state.samples + descent.most_work(problem, found.state)
-        if options.max_samples is not None and options.max_samples < spent:
-            done = f"has spent its {options.max_samples:,} samples; give a larger --max-samples to go on"
-        elif found.reason == "until_chi2" and "until_chi2" not in changes:
-            done = f"has reached its goal of chi2 <= {options.until_chi2:g}; give a smaller --until-chi2 to go on"
-        else:
-            return _drive(case, replace(found, reason=None), remarks, room)
-        certificate = _kept_certificate(case, found)
-        if certificate is not None and again:
-            return _solution(case, found, remarks, certificate)
-        if certificate is None:  # killed just before its end
-            return _drive(case, replace(found, reason=found.reason or "max_samples"), remarks, room)
-        raise InputError(f"{run} {done}")
+            replace(case, init=whole).create(run, self.copies)
+        room.grid.world.objects(None)  # it is there for all
+        folder = Run(run)
+        with locked(folder, room):
+            return _drive(replace(case, run=folder), None, (), room)
+
+    def again(self) -> Task:
+        if self.run is None or not (self.run / "config.json").exists():
+            return self
+        return Resume(self.run, source=self.source if callable(self.source) else None, after_loss=True)
 
 
-def load(run: Path, source: object, latents: object, changes: dict[str, Any], room: Room) -> Solution:
-    """Raises as ``api.load`` does."""
-    case, remarks, found = _open(run, source, latents, changes, room)
-    if found is None:
-        raise StoreError(f"{run} has no checkpoint yet; go on with: distot resume {run}")
-    return _solution(case, found, remarks, _kept_certificate(case, found))
+@dataclass(frozen=True)
+class Opened:
+    """A task for a run that is there. What is None is as the run says."""
 
+    run: Path
+    source: object = None  # a callable, or a Source, if the run began with one
+    latents: object = None  # where they are now
+    changes: dict[str, Any] = field(default_factory=dict)  # options that are replaced; None takes a limit away
 
-def certify(
-    run: Path,
-    samples: int | None,
-    seed_step: int,
-    source: object,
-    latents: object,
-    changes: dict[str, Any],
-    room: Room,
-) -> Solution:
-    """Raises as ``api.certify`` does."""
-    with _locked(Run(run), room):
-        case, remarks, found = _open(run, source, latents, changes, room)
+    def open(self, room: Room) -> tuple[Case, tuple[str, ...], Progress | None]:
+        """As ``case.open_case``."""
+        return open_case(self.run, self.source, self.latents, self.changes, room)
+
+    def begun(self, room: Room) -> tuple[Case, tuple[str, ...], Progress]:
+        """The same. Raises StoreError if there is no checkpoint yet."""
+        case, remarks, found = self.open(room)
         if found is None:
-            raise StoreError(f"{run} has no checkpoint yet; go on with: distot resume {run}")
-        certificate = _solution(case, found, remarks, None).certify(samples, seed_step)
-        _keep_certificate(case, found, certificate)
-        return _solution(case, found, remarks, certificate)
+            raise StoreError(f"{self.run} has no checkpoint yet; go on with: distot resume {self.run}")
+        return case, remarks, found
 
 
-def assign_file(
-    run: Path,
-    samples: Path | NDArray[Any],
-    out: Path,
-    source: object,
-    latents: object,
-    changes: dict[str, Any],
-    room: Room,
-) -> int:
+@dataclass(frozen=True)
+class Load(Opened):
+    """Raises as ``api.load`` does."""
+
+    def __call__(self, room: Room) -> Solution:
+        case, remarks, found = self.begun(room)
+        return case.solution(found, remarks, case.kept(found))
+
+
+@dataclass(frozen=True)
+class Resume(Opened):
+    """Raises as ``api.resume`` does."""
+
+    after_loss: bool = False  # of processes, which may have come when all was done
+
+    def __call__(self, room: Room) -> Solution:
+        run = self.run
+        with locked(Run(run), room):
+            case, remarks, found = self.open(room)
+            problem, options = case.problem, case.options
+            if room.grid.leads:
+                need_space(run, case.checkpoint_bytes)
+            if found is None or not found.started:
+                return _drive(case, None, remarks, room)
+            rule = StopRule(problem.target.n, options.until_chi2, problem.orbit.work)
+            if "until_chi2" in self.changes and found.history:
+                found = replace(found, next_check=rule.next(found.history))
+            spent = found.state.samples + descent.most_work(problem, found.state)
+            if options.max_samples is not None and options.max_samples < spent:
+                done = f"has spent its {options.max_samples:,} samples; give a larger --max-samples to go on"
+            elif found.reason == "until_chi2" and "until_chi2" not in self.changes:
+                done = f"has reached its goal of chi2 <= {options.until_chi2:g}; give a smaller --until-chi2 to go on"
+            else:
+                return _drive(case, replace(found, reason=None), remarks, room)
+            certificate = case.kept(found)
+            if certificate is not None and self.after_loss:
+                return case.solution(found, remarks, certificate)
+            if certificate is None:  # killed just before its end
+                return _drive(case, replace(found, reason=found.reason or "max_samples"), remarks, room)
+            raise InputError(f"{run} {done}")
+
+    def again(self) -> Task:
+        return replace(self, after_loss=True)
+
+
+@dataclass(frozen=True)
+class Certify(Opened):
+    """Raises as ``api.certify`` does."""
+
+    samples: int | None = None
+    seed_step: int = 0
+
+    def __call__(self, room: Room) -> Solution:
+        with locked(Run(self.run), room):
+            case, remarks, found = self.begun(room)
+            certificate = case.solution(found).certify(self.samples, self.seed_step)
+            case.keep(certificate, found)
+            return case.solution(found, remarks, certificate)
+
+    def again(self) -> Task:
+        return self
+
+
+@dataclass(frozen=True)
+class AssignFile(Opened):
     """The latents of samples (B, d), written by the first process to the npy file ``out`` (B,); B.
 
     Raises as ``api.assign_file`` does.
     """
-    rows = _samples(samples)
-    solution = load(run, source, latents, changes, room)
-    partial = out.with_name(f".{out.name}.partial")
-    with explained("write", out):
-        file = open_memmap(partial, "w+", np.int64, (rows.shape[0],)) if room.grid.leads else None
-        try:
-            for first in range(0, rows.shape[0], ROWS):
-                found = solution.assign(np.asarray(rows[first : first + ROWS]))
+
+    samples: Path | NDArray[Any] = field(kw_only=True)
+    out: Path = field(kw_only=True)
+
+    def __call__(self, room: Room) -> int:
+        rows, out = _samples(self.samples), self.out
+        solution = Load(self.run, self.source, self.latents, self.changes)(room)
+        partial = out.with_name(f".{out.name}.partial")
+        with explained("write", out):
+            file = open_memmap(partial, "w+", np.int64, (rows.shape[0],)) if room.grid.leads else None
+            try:
+                for first in range(0, rows.shape[0], ROWS):
+                    found = solution.assign(np.asarray(rows[first : first + ROWS]))
+                    if file is not None:
+                        file[first : first + len(found)] = found
                 if file is not None:
-                    file[first : first + len(found)] = found
-            if file is not None:
-                file.flush()
-                partial.rename(out)
-        finally:
-            if room.grid.leads:
-                partial.unlink(missing_ok=True)
-    return int(rows.shape[0])
+                    file.flush()
+                    partial.rename(out)
+            finally:
+                if room.grid.leads:
+                    partial.unlink(missing_ok=True)
+        return int(rows.shape[0])
+
+    def again(self) -> Task:
+        return self
 
 
 def _samples(samples: Path | NDArray[Any]) -> Rows:
@@ -199,16 +208,26 @@ def _samples(samples: Path | NDArray[Any]) -> Rows:
     return rows
 
 
-def as_rows(latents: object) -> Rows:
-    """Latents as rows that can be read by range, in a floating dtype that a store can hold."""
-    if isinstance(latents, str | Path):
-        return open_latents(latents)
-    if isinstance(latents, Tensor):
-        latents = (latents.float() if latents.dtype == torch.bfloat16 else latents).detach().cpu().numpy()
-    rows = np.asarray(latents)
-    if rows.dtype.kind in "iu" or (rows.dtype.kind == "f" and rows.dtype.itemsize not in (2, 4, 8)):
-        rows = rows.astype(np.float64)
-    return rows.astype(rows.dtype.newbyteorder("="), copy=False)
+def _init(init: object, problem: Problem, assigner: str, room: Room) -> NDArray[Any]:
+    """Heights of own atoms in the frame for a warm start. Raises InputError for another shape, or not finite ones."""
+    target = problem.target
+    if isinstance(init, str | Path):
+        init = Load(Path(init))(replace(room, cache={}))
+    if isinstance(init, Solution):
+        held = init.held
+        if held.problem.target.dim != target.dim:
+            raise InputError(f"init was solved in dimension {held.problem.target.dim}, the latents have {target.dim}")
+        return start.transfer(problem, held.problem, held.progress.state.average, assigner).cpu().numpy()
+    heights = np.asarray(init, dtype=np.float64)
+    if heights.shape != (target.latents,):
+        raise InputError(
+            f"init must hold one height for each of the {target.latents:,} latents, its shape is {heights.shape}; "
+            "to start from a run with other latents give the run"
+        )
+    kept = heights[target.original]
+    if wrong := int(target.split.axis.total(int((~np.isfinite(kept)).sum()))):
+        raise InputError(f"init holds {wrong:,} heights that are NaN or infinite")
+    return problem.frame.heights_in(kept, target.tilt)
 
 
 def _drive(case: Case, progress: Progress | None, remarks: tuple[str, ...], room: Room) -> Solution:
@@ -246,33 +265,19 @@ def _drive(case: Case, progress: Progress | None, remarks: tuple[str, ...], room
             if progress.reason is None:
                 progress = solver.iterate(problem, assigner, options, watch, progress)
             watch.save(progress.state.step, progress.part(problem), progress.scalars(), must=True)
-            solution = _solution(case, progress, remarks, None)
+            solution = case.solution(progress, remarks)
             watch.tell("stop", reason=progress.reason, text=solution.explanation, samples=progress.state.samples)
             if watch.signal is not None:
                 raise Interrupted(_farewell(run, watch.signal), solution, watch.signal)
             certificate = solver.conclude(problem, assigner, options, progress, watch)
-            _keep_certificate(case, progress, certificate)
+            case.keep(certificate, progress)
             watch.tell("certificate", **certificate.to_dict())
             if certificate.truncation > 0.01:
                 watch.warn(
                     f"{certificate.truncation:.1%} of the entropic plan lies beyond the {options.top_k} best latents "
                     f"of a sample; give a larger top_k, or a smaller epsilon"
                 )
-            return _solution(case, progress, remarks, certificate)
-
-
-def _solution(case: Case, progress: Progress, remarks: tuple[str, ...], certificate: Certificate | None) -> Solution:
-    target = case.problem.target
-    facts = Facts(
-        case.options,
-        (target.latents, target.dim),
-        progress.state.samples,
-        progress.history,
-        progress.reason,
-        target.notes + remarks,
-        case.run,
-    )
-    return Solution(facts, certificate, lambda: Held(case.problem, case.assigner, progress, case.rows, case.mass))
+            return case.solution(progress, remarks, certificate)
 
 
 def _farewell(run: Run | None, number: int) -> str:
@@ -280,118 +285,3 @@ def _farewell(run: Run | None, number: int) -> str:
     if run is None:
         return f"stopped by {name}; the solution so far is in this exception's .solution"
     return f"stopped by {name}; everything is saved, go on with: distot resume {run.path}"
-
-
-def _keep_certificate(case: Case, progress: Progress, certificate: Certificate) -> None:
-    if case.run is not None and case.problem.grid.leads:
-        case.run.save_json("certificate.json", certificate.to_dict() | {"step": progress.state.step})
-
-
-def _kept_certificate(case: Case, progress: Progress) -> Certificate | None:
-    """The certificate in the run folder, if it is that of these heights."""
-    stored = None if case.run is None else case.run.load_json("certificate.json")
-    if stored is None or stored.pop("step") != progress.state.step:
-        return None
-    return Certificate(**stored)
-
-
-@contextmanager
-def _locked(run: Run, room: Room) -> Iterator[None]:
-    """The first process holds the lock."""
-    if not room.grid.leads:
-        yield
-        return
-    with run.lock():
-        yield
-
-
-def _create(case: Case, path: Path, copies: bool) -> None:
-    """A new run folder, with a copy of latents that are in memory, or of all if it ``copies``."""
-    copies = copies or not isinstance(case.rows, Latents)
-    latents = "latents.zarr" if copies else _reference(case.rows, path)
-    config, arrays = describe(case.problem, case.options, latents, case.mass)
-    config["init"] = case.init is not None
-    arrays |= {} if case.init is None else {"init": case.init}
-    n, d = case.rows.shape
-    need_space(path, _checkpoint_bytes(case.problem) + copies * n * d * case.rows.dtype.itemsize)
-    Run.create(path, config, arrays, (case.rows, None) if copies else None)
-
-
-def _init(init: object, problem: Problem, assigner: str, room: Room) -> NDArray[Any]:
-    """Heights of own atoms in the frame for a warm start. Raises InputError for another shape, or not finite ones."""
-    target = problem.target
-    if isinstance(init, str | Path):
-        init = load(Path(init), None, None, {}, replace(room, cache={}))
-    if isinstance(init, Solution):
-        held = init.held
-        if held.problem.target.dim != target.dim:
-            raise InputError(f"init was solved in dimension {held.problem.target.dim}, the latents have {target.dim}")
-        return start.transfer(problem, held.problem, held.progress.state.average, assigner).cpu().numpy()
-    heights = np.asarray(init, dtype=np.float64)
-    if heights.shape != (target.latents,):
-        raise InputError(
-            f"init must hold one height for each of the {target.latents:,} latents, its shape is {heights.shape}; "
-            "to start from a run with other latents give the run"
-        )
-    kept = heights[target.original]
-    if wrong := int(target.split.axis.total(int((~np.isfinite(kept)).sum()))):
-        raise InputError(f"init holds {wrong:,} heights that are NaN or infinite")
-    return problem.frame.heights_in(kept, target.tilt)
-
-
-def _checkpoint_bytes(problem: Problem) -> int:
-    """Room for the checkpoints of a run: three, of the pairs of the graph and four vectors."""
-    return 3 * (8 * int(optim.PAIRS_MOST) + 40) * problem.target.n
-
-
-def _problem(rows: Rows, source: object, mass: Any, options: Options, room: Room) -> Problem:
-    if mass is None and isinstance(rows, Latents):
-        mass = rows.mass
-    problem = build_problem(rows, source, mass, options.seed, options.device, room.grid, room.cache)
-    if isinstance(rows, Latents) and rows.fingerprint not in (None, problem.target.fingerprint):
-        raise StoreError(f"{rows.path} has changed since it was written (its fingerprint differs); ingest it again")
-    return problem
-
-
-def _reference(rows: Rows, run: Path) -> str:
-    """How config.json names the latents: relative to the run folder, so that both can move together."""
-    assert isinstance(rows, Latents)
-    return os.path.relpath(rows.path.resolve(), run.resolve())
-
-
-def _open(
-    run: Path, source: object, latents: object, changes: dict[str, Any], room: Room
-) -> tuple[Case, tuple[str, ...], Progress | None]:
-    """The case in a run folder with ``changes`` to its options, remarks on damage, and its newest good checkpoint.
-
-    The problem is checked to be the same as when the run began.
-    """
-    folder = Run(run)
-    config = folder.config
-    options = Options(**(config["options"] | changes))
-    if source is None:
-        source = from_spec(config["source"], {k: folder.array(f"source-{k}") for k in config["source_arrays"]})
-    elif not isinstance(source, Source) and not callable(source):
-        raise InputError(f"source must be the callable or distot.Source that the run began with, not {source!r}")
-    if latents is None:
-        stored = Path(os.path.normpath(folder.path / config["latents"]))
-        if not stored.exists():
-            raise StoreError(f"the latents of {run} are not at {stored} any more; say where they are (--latents)")
-        latents = stored
-    rows = as_rows(latents)
-    if list(rows.shape) != config["shape"]:
-        raise InputError(f"{run} was solved for latents of shape {tuple(config['shape'])}, these are {rows.shape}")
-    mass = folder.array("mass") if config["mass"] else None
-    problem = _problem(rows, source, mass, options, room)
-    if problem.target.fingerprint != config["fingerprint"]:
-        raise InputError(f"{run} was solved for other latents (their fingerprint differs); give it its own (--latents)")
-    split = problem.target.split
-    init = split.own(torch.from_numpy(folder.array("init"))).numpy() if config["init"] else None
-    search = assign.over(problem, options.assigner, options.recall)
-    case = Case(problem, search, options, rows, mass, init, folder)
-    while (checkpoint := folder.load_checkpoint(room.grid.world)) is not None:
-        try:
-            return case, checkpoint.remarks, solver.restore(checkpoint, problem)
-        except Dropped:
-            continue  # a writer has replaced it by newer ones while it was read
-    return case, (), None

@@ -23,7 +23,7 @@ from distot.source import Stream
 from distot.target import divide
 
 SHAPES = [(2, 1), (2, 2), (1, 2), (3, 1)]  # by turns as if small and as if large
-N, D = 9000, 6
+N, D = 4000, 6
 
 
 def cloud(n: int = N, d: int = D) -> NDArray[np.float64]:

@@ -7,10 +7,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from grids import on_grid
 
 import distot
+from distot import optim
+from distot.case import Room
 from distot.errors import InputError
+from distot.grid import Grid
 from distot.plan import MACHINES, duration, parse_machines, plan, table
+from distot.schedule import Options
+from distot.work import Solve
 
 CPU = MACHINES["cpu"]
 
@@ -27,15 +33,22 @@ def test_counts_are_those_of_a_run() -> None:
     assert 0.3 < found.samples / (n * expected.samples) < 3
 
 
-def test_traffic_is_that_of_a_run() -> None:
-    """Bytes that two workers send for each step."""
-    n, d = 40_000, 4  # more than optim.SMALL, so that the pairs stay where they are
+def traffic(grid: Grid, n: int, d: int) -> float:
+    """Median bytes that this process sends in a step."""
+    optim.SMALL = 100  # so that the pairs stay where they are
     events: list[dict[str, Any]] = []
     latents = np.random.default_rng(0).standard_normal((n, d))
-    distot.solve(latents, until_chi2=None, max_samples=2 * n, workers=2, progress=False, on_event=events.append)
-    sent = [event["sent"] for event in events if event["event"] == "step"]
+    options = Options(until_chi2=None, max_samples=3 * n, assigner="native")
+    Solve(latents, "gaussian", None, options)(Room(grid, show=False, on_event=events.append))
+    return float(np.median(np.diff([event["sent"] for event in events if event["event"] == "step"])))
+
+
+def test_traffic_is_that_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes that two workers send for each step."""
+    n, d = 5000, 4
+    monkeypatch.setattr(optim, "SMALL", 100)
     expected = plan(n, d, CPU, 2)
-    assert 0.4 < np.median(np.diff(sent)) / (expected.sent / expected.steps) < 2
+    assert 0.4 < on_grid((2, 1), traffic, n, d)[0] / (expected.sent / expected.steps) < 2
 
 
 def test_more_workers_are_faster_and_hold_less() -> None:

@@ -1,0 +1,187 @@
+"""A problem with everything that was chosen for it: made from what a user gives, or opened from a run folder.
+
+Legend: N latents, d dimension, n atoms.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from distot import assign, optim, solver
+from distot.assign import Assigner
+from distot.certify import Certificate
+from distot.errors import InputError, StoreError
+from distot.grid import Grid
+from distot.problem import Problem, build_problem
+from distot.schedule import Options
+from distot.solution import Facts, Held, Solution, describe
+from distot.solver import Progress
+from distot.source import Source, from_spec
+from distot.store import Dropped, Latents, Run, need_space, open_latents
+from distot.target import Cache, Rows
+from distot.watch import Event
+
+Listen = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class Room:
+    """Where a task is done: the place in a grid, and who hears of it."""
+
+    grid: Grid = field(default_factory=Grid)
+    cache: Cache = field(default_factory=dict)  # of latents that were read, for when the same share is built again
+    show: bool | None = None  # progress on the terminal; None: if it is one
+    on_event: Listen | None = None
+    asked: Callable[[], int | None] = lambda: None  # the number of a signal that was sent to the whole grid
+    spent: float = 0.0  # seconds of the time limit that were spent before, by processes that were lost
+    level: int = 5  # of the caller's frame, for warnings
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a solve works on."""
+
+    problem: Problem
+    assigner: Assigner
+    options: Options
+    rows: Rows
+    mass: NDArray[Any] | None  # as the user gave it
+    init: NDArray[Any] | None = None  # heights of own atoms for a warm start, in the frame
+    run: Run | None = None
+
+    def solution(
+        self, progress: Progress, remarks: tuple[str, ...] = (), certificate: Certificate | None = None
+    ) -> Solution:
+        target = self.problem.target
+        facts = Facts(
+            self.options,
+            (target.latents, target.dim),
+            progress.state.samples,
+            progress.history,
+            progress.reason,
+            target.notes + remarks,
+            self.run,
+        )
+        return Solution(facts, certificate, lambda: Held(self.problem, self.assigner, progress, self.rows, self.mass))
+
+    def keep(self, certificate: Certificate, progress: Progress) -> None:
+        """Writes the certificate of these heights to the run folder, if there is one."""
+        if self.run is not None and self.problem.grid.leads:
+            self.run.save_json("certificate.json", certificate.to_dict() | {"step": progress.state.step})
+
+    def kept(self, progress: Progress) -> Certificate | None:
+        """The certificate in the run folder, if it is that of these heights."""
+        stored = None if self.run is None else self.run.load_json("certificate.json")
+        if stored is None or stored.pop("step") != progress.state.step:
+            return None
+        return Certificate(**stored)
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Room for the checkpoints of a run: three, of the pairs of the graph and four vectors."""
+        return 3 * (8 * int(optim.PAIRS_MOST) + 40) * self.problem.target.n
+
+    def create(self, path: Path, copies: bool) -> None:
+        """A new run folder, with a copy of latents that are in memory, or of all if it ``copies``."""
+        copies = copies or not isinstance(self.rows, Latents)
+        latents = "latents.zarr" if copies else _reference(self.rows, path)
+        config, arrays = describe(self.problem, self.options, latents, self.mass)
+        config["init"] = self.init is not None
+        arrays |= {} if self.init is None else {"init": self.init}
+        n, d = self.rows.shape
+        need_space(path, self.checkpoint_bytes + copies * n * d * self.rows.dtype.itemsize)
+        Run.create(path, config, arrays, (self.rows, None) if copies else None)
+
+
+def new_case(latents: object, source: object, mass: NDArray[Any] | None, options: Options, room: Room) -> Case:
+    """The case of what a user gives. Raises InputError or StoreError for what cannot be used."""
+    rows = as_rows(latents)
+    if isinstance(source, Path) or (isinstance(source, str) and source.endswith(".zarr")):
+        source = open_latents(source)[:]
+    problem = _problem(rows, source, mass, options, room)
+    return Case(problem, assign.over(problem, options.assigner, options.recall), options, rows, mass)
+
+
+def open_case(
+    run: Path, source: object, latents: object, changes: dict[str, Any], room: Room
+) -> tuple[Case, tuple[str, ...], Progress | None]:
+    """The case in a run folder with ``changes`` to its options, remarks on damage, and its newest good checkpoint.
+
+    The problem is checked to be the same as when the run began.
+    """
+    folder = Run(run)
+    config = folder.config
+    options = Options(**(config["options"] | changes))
+    if source is None:
+        source = from_spec(config["source"], {k: folder.array(f"source-{k}") for k in config["source_arrays"]})
+    elif not isinstance(source, Source) and not callable(source):
+        raise InputError(f"source must be the callable or distot.Source that the run began with, not {source!r}")
+    if latents is None:
+        stored = Path(os.path.normpath(folder.path / config["latents"]))
+        if not stored.exists():
+            raise StoreError(f"the latents of {run} are not at {stored} any more; say where they are (--latents)")
+        latents = stored
+    rows = as_rows(latents)
+    if list(rows.shape) != config["shape"]:
+        raise InputError(f"{run} was solved for latents of shape {tuple(config['shape'])}, these are {rows.shape}")
+    mass = folder.array("mass") if config["mass"] else None
+    problem = _problem(rows, source, mass, options, room)
+    if problem.target.fingerprint != config["fingerprint"]:
+        raise InputError(f"{run} was solved for other latents (their fingerprint differs); give it its own (--latents)")
+    split = problem.target.split
+    init = split.own(torch.from_numpy(folder.array("init"))).numpy() if config["init"] else None
+    search = assign.over(problem, options.assigner, options.recall)
+    case = Case(problem, search, options, rows, mass, init, folder)
+    while (checkpoint := folder.load_checkpoint(room.grid.world)) is not None:
+        try:
+            return case, checkpoint.remarks, solver.restore(checkpoint, problem)
+        except Dropped:
+            continue  # a writer has replaced it by newer ones while it was read
+    return case, (), None
+
+
+@contextmanager
+def locked(run: Run, room: Room) -> Iterator[None]:
+    """The first process holds the lock of the run folder."""
+    if not room.grid.leads:
+        yield
+        return
+    with run.lock():
+        yield
+
+
+def as_rows(latents: object) -> Rows:
+    """Latents as rows that can be read by range, in a floating dtype that a store can hold."""
+    if isinstance(latents, str | Path):
+        return open_latents(latents)
+    if isinstance(latents, Tensor):
+        latents = (latents.float() if latents.dtype == torch.bfloat16 else latents).detach().cpu().numpy()
+    rows = np.asarray(latents)
+    if rows.dtype.kind in "iu" or (rows.dtype.kind == "f" and rows.dtype.itemsize not in (2, 4, 8)):
+        rows = rows.astype(np.float64)
+    return rows.astype(rows.dtype.newbyteorder("="), copy=False)
+
+
+def _problem(rows: Rows, source: object, mass: Any, options: Options, room: Room) -> Problem:
+    if mass is None and isinstance(rows, Latents):
+        mass = rows.mass
+    problem = build_problem(rows, source, mass, options.seed, options.device, room.grid, room.cache)
+    if isinstance(rows, Latents) and rows.fingerprint not in (None, problem.target.fingerprint):
+        raise StoreError(f"{rows.path} has changed since it was written (its fingerprint differs); ingest it again")
+    return problem
+
+
+def _reference(rows: Rows, run: Path) -> str:
+    """How config.json names the latents: relative to the run folder, so that both can move together."""
+    assert isinstance(rows, Latents)
+    return os.path.relpath(rows.path.resolve(), run.resolve())
