@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import signal
 import socket
 import time
@@ -71,6 +72,7 @@ class Group:
         self.signal: int | None = None
         self.asked: int | None = None  # the signal that was passed on
         self.owns_ray = False
+        self.name = secrets.token_hex(8)
 
     def __enter__(self) -> Group:
         self._connect()
@@ -198,7 +200,7 @@ class Group:
         for rank, member in enumerate(self.members):
             assert member is not None
             call = member.work.options(name=f"distot {type(task).__name__.lower()}, worker {rank}").remote(
-                address, rank, self.shape.grid, self.device, self.shape.silence, spent, task
+                address, rank, self.shape.grid, self.device, self.shape.silence, spent, self.name, task
             )
             calls[call] = rank
         return self._watch(calls)

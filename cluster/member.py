@@ -75,6 +75,7 @@ class Member:
         device: str,
         silence: float,
         spent: float,
+        group: str,
         task: Task,
     ) -> Answer:
         """Joins the grid and does its part of the task."""
@@ -82,7 +83,9 @@ class Member:
         self.asked = None
         try:
             place = grid.join(address, rank, shape, device, silence)
-            room = Room(place, self.cache, show=False, on_event=self._hear, asked=lambda: self.asked, spent=spent)
+            room = Room(
+                place, self.cache, show=False, on_event=self._hear, asked=lambda: self.asked, group=group, spent=spent
+            )
             found = task(room)
             if isinstance(found, Solution):
                 return Answer("done", found.facts, found.kept)

@@ -14,7 +14,7 @@ from distot.case import Listen, Room, as_rows
 from distot.errors import InputError
 from distot.progress import listener
 from distot.solution import Interrupted, Solution
-from distot.store import copy_latents
+from distot.store import Place, Url, copy_latents
 from distot.watch import signals
 from distot.work import Load, Solve, Task
 
@@ -48,7 +48,7 @@ def on_workers(task: Task, shape: Shape, show: bool | None = None, on_event: Lis
     return found
 
 
-def _finished(task: Task, run: Path, shape: Shape, show: bool | None, on_event: Listen | None) -> Answer:
+def _finished(task: Task, run: Place, shape: Shape, show: bool | None, on_event: Listen | None) -> Answer:
     """The answer of a group that has done the task."""
     began, failures, newest = time.monotonic(), 0, _newest(run)
     with listener(show, on_event) as listen, Group(shape, listen) as group, signals(group):
@@ -76,20 +76,20 @@ def _finished(task: Task, run: Path, shape: Shape, show: bool | None, on_event: 
             task = task.again()
 
 
-def _newest(run: Path) -> str:
+def _newest(run: Place) -> str:
     """The newest checkpoint of a run."""
     latest = run / "LATEST"
-    return latest.read_text() if latest.exists() else ""
+    return latest.read_text() if latest.is_file() else ""
 
 
-def _solution(answer: Answer, run: Path) -> Solution:
+def _solution(answer: Answer, run: Place) -> Solution:
     assert answer.facts is not None
     return Solution(answer.facts, answer.certificate, lambda: Load(run)(Room()).held)
 
 
 def _outside(task: Solve, shape: Shape, folder: Path) -> Solve:
     """The same task with all that it needs in files."""
-    inside = not isinstance(task.latents, Path)
+    inside = not isinstance(task.latents, Path | Url)
     if shape.ray is not None and (inside or task.run is None):
         raise InputError(
             "other nodes do not see what is in memory here: give latents and run as paths that all nodes can reach"

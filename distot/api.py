@@ -17,11 +17,12 @@ from distot import work
 from distot.case import Listen, Room
 from distot.schedule import Options
 from distot.solution import Solution
+from distot.store import Place, Url, as_place
 from distot.work import Task
 
 
 def solve(
-    latents: ArrayLike | Tensor | str | Path,
+    latents: ArrayLike | Tensor | str | Place,
     source: object = "gaussian",
     mass: ArrayLike | None = None,
     until_chi2: float | None = 0.05,
@@ -30,9 +31,9 @@ def solve(
     seed: int = 0,
     device: str = "auto",
     assigner: str = "auto",
-    run: str | Path | None = None,
+    run: str | Place | None = None,
     *,
-    init: Solution | ArrayLike | str | Path | None = None,
+    init: Solution | ArrayLike | str | Place | None = None,
     epsilon: float | None = None,
     top_k: int = 32,
     recall: float | None = None,
@@ -46,7 +47,8 @@ def solve(
 ) -> Solution:
     """Solves semi-discrete optimal transport from ``source`` to the latents, cost ½|x - y|².
 
-    latents: array or tensor (N, d), or the path of a zarr store (``distot ingest`` makes one).
+    latents: array or tensor (N, d), or the path of a zarr store (``distot ingest`` makes one); any path
+        may be in an object store: s3://BUCKET/KEY, gs://, az://.
     source: "gaussian" N(0, I), "cube" [0, 1]^d, "ball", "sphere" (radius 1), a ``distot.Source``, samples (n, d) as an
         array or the path of a zarr store, or a callable (numpy Generator, n) -> (n, d).
     mass: (N,) wanted masses; None is the store's own, or uniform.
@@ -82,15 +84,15 @@ def solve(
         top_k,
     )
     given = None if mass is None else np.asarray(mass)
-    task = work.Solve(_path(latents), source, given, options, None if run is None else Path(run), _path(init))
+    task = work.Solve(_path(latents), source, given, options, None if run is None else as_place(run), _path(init))
     return _do(task, workers, replicas, ray, device, progress, on_event)
 
 
 def resume(
-    run: str | Path,
+    run: str | Place,
     *,
     source: object = None,
-    latents: ArrayLike | Tensor | str | Path | None = None,
+    latents: ArrayLike | Tensor | str | Place | None = None,
     until_chi2: float | None = None,
     max_samples: int | None = None,
     max_seconds: float | None = None,
@@ -115,31 +117,31 @@ def resume(
     """
     changes = {"until_chi2": until_chi2, "max_samples": max_samples, "max_seconds": max_seconds, "device": device}
     given = {name: None if value == math.inf else value for name, value in changes.items() if value is not None}
-    task = work.Resume(Path(run), source, _path(latents), given)
+    task = work.Resume(as_place(run), source, _path(latents), given)
     return _do(task, workers, replicas, ray, device, progress, on_event)
 
 
 def load(
-    run: str | Path,
+    run: str | Place,
     *,
     source: object = None,
-    latents: ArrayLike | Tensor | str | Path | None = None,
+    latents: ArrayLike | Tensor | str | Place | None = None,
     device: str | None = None,
 ) -> Solution:
     """The solution in a run folder, as of its newest good checkpoint, finished or not. Takes no lock.
 
     Raises StoreError if there is no run, or no checkpoint in it yet.
     """
-    return work.Load(Path(run), source, _path(latents), _on(device))(Room())
+    return work.Load(as_place(run), source, _path(latents), _on(device))(Room())
 
 
 def certify(
-    run: str | Path,
+    run: str | Place,
     samples: int | None = None,
     seed_step: int = 0,
     *,
     source: object = None,
-    latents: ArrayLike | Tensor | str | Path | None = None,
+    latents: ArrayLike | Tensor | str | Place | None = None,
     device: str | None = None,
     workers: int | None = None,
     replicas: int = 1,
@@ -149,17 +151,17 @@ def certify(
 
     Raises as ``load`` does, and StoreError if another process is writing to the run.
     """
-    task = work.Certify(Path(run), source, _path(latents), _on(device), samples, seed_step)
+    task = work.Certify(as_place(run), source, _path(latents), _on(device), samples, seed_step)
     return _do(task, workers, replicas, ray, device)
 
 
 def assign_file(
-    run: str | Path,
-    samples: ArrayLike | Tensor | str | Path,
-    out: str | Path,
+    run: str | Place,
+    samples: ArrayLike | Tensor | str | Place,
+    out: str | Place,
     *,
     source: object = None,
-    latents: ArrayLike | Tensor | str | Path | None = None,
+    latents: ArrayLike | Tensor | str | Place | None = None,
     device: str | None = None,
     workers: int | None = None,
     replicas: int = 1,
@@ -172,8 +174,8 @@ def assign_file(
 
     Raises InputError for samples of another shape, NaN, or a file that cannot be read; StoreError as ``load`` does.
     """
-    given = Path(samples) if isinstance(samples, str | Path) else np.asarray(samples)
-    task = work.AssignFile(Path(run), source, _path(latents), _on(device), samples=given, out=Path(out))
+    given = as_place(samples) if isinstance(samples, str | Path | Url) else np.asarray(samples)
+    task = work.AssignFile(as_place(run), source, _path(latents), _on(device), samples=given, out=as_place(out))
     found: int = _do(task, workers, replicas, ray, device)
     return found
 
@@ -196,7 +198,7 @@ def _do(
 
 
 def _path(given: Any) -> Any:
-    return Path(given) if isinstance(given, str) else given
+    return as_place(given) if isinstance(given, str) else given
 
 
 def _on(device: str | None) -> dict[str, Any]:

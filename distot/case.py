@@ -5,7 +5,6 @@ Legend: N latents, d dimension, n atoms.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,7 +26,7 @@ from distot.schedule import Options
 from distot.solution import Facts, Held, Solution, describe
 from distot.solver import Progress
 from distot.source import Source, from_spec
-from distot.store import Dropped, Latents, Run, need_space, open_latents
+from distot.store import Dropped, Latents, Place, Run, Url, need_space, open_latents, reference, referred
 from distot.target import Cache, Rows
 from distot.watch import Event
 
@@ -43,6 +42,7 @@ class Room:
     show: bool | None = None  # progress on the terminal; None: if it is one
     on_event: Listen | None = None
     asked: Callable[[], int | None] = lambda: None  # the number of a signal that was sent to the whole grid
+    group: str | None = None  # name of the grid, for the lock of the run folder
     spent: float = 0.0  # seconds of the time limit that were spent before, by processes that were lost
     level: int = 5  # of the caller's frame, for warnings
 
@@ -91,43 +91,43 @@ class Case:
         """Room for the checkpoints of a run: three, of the pairs of the graph and four vectors."""
         return 3 * (8 * int(optim.PAIRS_MOST) + 40) * self.problem.target.n
 
-    def create(self, path: Path, copies: bool) -> None:
+    def create(self, path: Place, copies: bool) -> None:
         """A new run folder, with a copy of latents that are in memory, or of all if it ``copies``."""
-        copies = copies or not isinstance(self.rows, Latents)
-        latents = "latents.zarr" if copies else _reference(self.rows, path)
+        rows = self.rows
+        copies = copies or not isinstance(rows, Latents)
+        latents = reference(rows.path, path) if isinstance(rows, Latents) and not copies else "latents.zarr"
         config, arrays = describe(self.problem, self.options, latents, self.mass)
         config["init"] = self.init is not None
         arrays |= {} if self.init is None else {"init": self.init}
-        n, d = self.rows.shape
-        need_space(path, self.checkpoint_bytes + copies * n * d * self.rows.dtype.itemsize)
-        Run.create(path, config, arrays, (self.rows, None) if copies else None)
+        n, d = rows.shape
+        need_space(path, self.checkpoint_bytes + copies * n * d * rows.dtype.itemsize)
+        Run.create(path, config, arrays, (rows, None) if copies else None)
 
 
 def new_case(latents: object, source: object, mass: NDArray[Any] | None, options: Options, room: Room) -> Case:
     """The case of what a user gives. Raises InputError or StoreError for what cannot be used."""
     rows = as_rows(latents)
-    if isinstance(source, Path) or (isinstance(source, str) and source.endswith(".zarr")):
+    if isinstance(source, Path | Url) or (isinstance(source, str) and source.endswith(".zarr")):
         source = open_latents(source)[:]
     problem = _problem(rows, source, mass, options, room)
     return Case(problem, assign.over(problem, options.assigner, options.recall), options, rows, mass)
 
 
 def open_case(
-    run: Path, source: object, latents: object, changes: dict[str, Any], room: Room
+    folder: Run, source: object, latents: object, changes: dict[str, Any], room: Room
 ) -> tuple[Case, tuple[str, ...], Progress | None]:
     """The case in a run folder with ``changes`` to its options, remarks on damage, and its newest good checkpoint.
 
     The problem is checked to be the same as when the run began.
     """
-    folder = Run(run)
-    config = folder.config
+    run, config = folder.path, folder.config
     options = Options(**(config["options"] | changes))
     if source is None:
         source = from_spec(config["source"], {k: folder.array(f"source-{k}") for k in config["source_arrays"]})
     elif not isinstance(source, Source) and not callable(source):
         raise InputError(f"source must be the callable or distot.Source that the run began with, not {source!r}")
     if latents is None:
-        stored = Path(os.path.normpath(folder.path / config["latents"]))
+        stored = referred(config["latents"], folder.path)
         if not stored.exists():
             raise StoreError(f"the latents of {run} are not at {stored} any more; say where they are (--latents)")
         latents = stored
@@ -156,13 +156,13 @@ def locked(run: Run, room: Room) -> Iterator[None]:
     if not room.grid.leads:
         yield
         return
-    with run.lock():
+    with run.lock(room.group):
         yield
 
 
 def as_rows(latents: object) -> Rows:
     """Latents as rows that can be read by range, in a floating dtype that a store can hold."""
-    if isinstance(latents, str | Path):
+    if isinstance(latents, str | Path | Url):
         return open_latents(latents)
     if isinstance(latents, Tensor):
         latents = (latents.float() if latents.dtype == torch.bfloat16 else latents).detach().cpu().numpy()
@@ -179,9 +179,3 @@ def _problem(rows: Rows, source: object, mass: Any, options: Options, room: Room
     if isinstance(rows, Latents) and rows.fingerprint not in (None, problem.target.fingerprint):
         raise StoreError(f"{rows.path} has changed since it was written (its fingerprint differs); ingest it again")
     return problem
-
-
-def _reference(rows: Rows, run: Path) -> str:
-    """How config.json names the latents: relative to the run folder, so that both can move together."""
-    assert isinstance(rows, Latents)
-    return os.path.relpath(rows.path.resolve(), run.resolve())

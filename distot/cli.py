@@ -9,26 +9,39 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
-from rich.console import Console
-from rich.text import Text
 
 import distot
+from distot.arguments import (
+    Count,
+    Device,
+    Json,
+    LatentsPath,
+    Moved,
+    NewRun,
+    RayAddress,
+    Replicas,
+    RunPath,
+    Seconds,
+    Workers,
+    numbers,
+    parse_count,
+    parse_goal,
+)
+from distot.console import err, out, print_json, report, say, speak
 from distot.errors import DistotError, DistotWarning, InputError
 from distot.ingest import ingest as ingest_store
 from distot.inspect import describe
 from distot.plan import parse_machines, plan, table
 from distot.solution import Interrupted, Solution
 from distot.source import Ball, Cube, Gaussian, Sphere
-from distot.store import open_latents
+from distot.store import Place, as_place, open_latents
 
 app = typer.Typer(
     add_completion=False,
@@ -39,73 +52,22 @@ app = typer.Typer(
     "  distot solve latents.zarr run.zarr --until-chi2 0.05\n\n"
     "  distot certify run.zarr",
 )
-# text is printed as it is: [brackets] and :colons: belong to paths
-out, err = (Console(stderr=stderr, highlight=False, markup=False, emoji=False) for stderr in (False, True))
-
 GOAL, BUDGET = 0, 3
 
 # typer uses the package click or one of its own, by version; BadParameter, which it always exports, leads to either
 UsageError: Any = typer.BadParameter.__mro__[1]
 
 
-def parse_count(text: str) -> int:
-    """A number of samples: 250000, 2e6, 1_000_000."""
-    try:
-        value = float(text.replace("_", "").replace(",", ""))
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is not a number of samples; write 250000 or 2e6") from None
-    if not (value >= 1 and value.is_integer()):
-        raise typer.BadParameter(f"{text!r} must be a whole number of at least 1")
-    return int(value)
-
-
-def parse_seconds(text: str) -> float:
-    """A time: 90, 90s, 10m, 1h30m."""
-    units = {"h": 3600.0, "m": 60.0, "s": 1.0}
-    parts = re.findall(r"(\d+(?:\.\d+)?)([hms])", text)
-    try:
-        whole = "".join(n + u for n, u in parts) == text
-        value = sum(float(n) * units[u] for n, u in parts) if whole else float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise typer.BadParameter(f"{text!r} is not a time above zero; write 90s, 10m or 1h30m")
-    return value
-
-
-def parse_goal(text: str) -> float:
-    """A value of chi2, or infinity for "none"."""
-    try:
-        value = math.inf if text.lower() == "none" else float(text)
-    except ValueError:
-        value = math.nan
-    if not value > 0:
-        raise typer.BadParameter(f"{text!r} is not a number above zero; write 0.05, or none to run to the budget")
-    return value
-
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
-Count = Annotated[int | None, typer.Option(parser=parse_count, metavar="COUNT", help="Search work, in samples (2e6).")]
-Seconds = Annotated[
-    float | None, typer.Option("--max-time", parser=parse_seconds, metavar="TIME", help="90s, 10m, 1h30m.")
-]
-Moved = Annotated[Path | None, typer.Option(help="Where the latents are now, if they have moved.")]
-Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
-Workers = Annotated[int | None, typer.Option(min=1, help="Run on that many Ray workers; default: in this process.")]
-Replicas = Annotated[int, typer.Option(min=1, help="Workers that hold the same latents and share the samples.")]
-RayAddress = Annotated[
-    str | None,
-    typer.Option("--ray", metavar="ADDRESS", help="Ray cluster to run on, or auto; default: one on this machine."),
-]
-RunPath = Annotated[Path, typer.Argument(metavar="RUN.zarr", help="A run folder.")]
-
-
 @app.command()
 def ingest(
     src: Annotated[
-        Path, typer.Argument(metavar="SRC", help="npy, npz, safetensors, parquet (file or folder) or zarr.")
+        Any,
+        typer.Argument(parser=as_place, metavar="SRC", help="npy, npz, safetensors, parquet (file or folder) or zarr."),
     ],
-    latents: Annotated[Path, typer.Argument(metavar="LATENTS.zarr", help="The store to make.")],
+    latents: Annotated[
+        Any,
+        typer.Argument(parser=as_place, metavar="LATENTS.zarr", help="The store to make; also s3://, gs://, az://."),
+    ],
     key: Annotated[str | None, typer.Option(help="Name of the array, tensor or column with the latents.")] = None,
     mass: Annotated[Path | None, typer.Option(help="File with one mass for each latent.")] = None,
     mass_key: Annotated[str | None, typer.Option(help="Name of the masses in --mass, or in SRC.")] = None,
@@ -134,9 +96,9 @@ def ingest(
     else:
         done = ingest_store(src, latents, key=key, mass=mass, mass_key=mass_key, dtype=dtype, flatten=flatten)
     for note in done.notes:
-        _say("note", "yellow", note)
+        say("note", "yellow", note)
     if as_json:
-        _print_json(
+        print_json(
             {"path": str(done.path), "shape": list(done.shape), "dtype": done.dtype, "fingerprint": done.fingerprint}
         )
     else:
@@ -147,8 +109,8 @@ def ingest(
 
 @app.command()
 def solve(
-    latents: Annotated[Path, typer.Argument(metavar="LATENTS.zarr", help="A store made by `distot ingest`.")],
-    run: Annotated[Path, typer.Argument(metavar="RUN.zarr", help="The run folder to make.")],
+    latents: LatentsPath,
+    run: NewRun,
     source: Annotated[
         str, typer.Option(help="gaussian, cube, ball, sphere, or the path of a zarr of samples.")
     ] = "gaussian",
@@ -174,7 +136,10 @@ def solve(
         float | None, typer.Option(help="Share of winners to be content with, say 0.97, where that is faster.")
     ] = None,
     init: Annotated[
-        Path | None, typer.Option(metavar="RUN.zarr", help="Start from the heights of this run; latents may differ.")
+        Any,
+        typer.Option(
+            parser=as_place, metavar="RUN.zarr", help="Start from the heights of this run; latents may differ."
+        ),
     ] = None,
     epsilon: Annotated[
         float | None, typer.Option(help="Solve the entropic problem at this temperature, in units of cost.")
@@ -216,7 +181,7 @@ def solve(
         replicas=replicas,
         ray=ray,
         progress=None,
-        on_event=_speak,
+        on_event=speak,
     )
     return _finish(solution, run, as_json)
 
@@ -252,7 +217,7 @@ def resume(
         workers=workers,
         replicas=replicas,
         ray=ray,
-        on_event=_speak,
+        on_event=speak,
     )
     return _finish(solution, run, as_json)
 
@@ -276,15 +241,18 @@ def certify(
     solution = distot.certify(
         run, samples, seed_step, latents=latents, device=device, workers=workers, replicas=replicas, ray=ray
     )
-    _report(solution, run, as_json)
+    report(solution, run, as_json)
     return 0
 
 
 @app.command()
 def assign(
     run: RunPath,
-    samples: Annotated[Path, typer.Argument(metavar="SAMPLES", help="npy file or zarr array (B, d).")],
-    out: Annotated[Path, typer.Argument(metavar="OUT.npy", help="File to write: one latent's number for each sample.")],
+    samples: Annotated[Any, typer.Argument(parser=as_place, metavar="SAMPLES", help="npy file or zarr array (B, d).")],
+    out: Annotated[
+        Any,
+        typer.Argument(parser=as_place, metavar="OUT.npy", help="File to write: one latent's number for each sample."),
+    ],
     latents: Moved = None,
     device: Device = None,
     workers: Workers = None,
@@ -343,16 +311,16 @@ def plan_run(
     for line in table(plans):
         out.print(line, soft_wrap=True)
     if unmeasured := sorted({its.machine.name for its in plans if not its.machine.measured}):
-        _say("note", "yellow", f"the rates of {', '.join(unmeasured)} are assumed, not measured; see docs/scaling.md")
+        say("note", "yellow", f"the rates of {', '.join(unmeasured)} are assumed, not measured; see docs/scaling.md")
     for its in plans:
         if not its.fits:
-            _say("note", "yellow", f"{its.grid[0]} shards do not fit into {its.machine.name}; use more workers")
+            say("note", "yellow", f"{its.grid[0]} shards do not fit into {its.machine.name}; use more workers")
     return 0
 
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A latents store or a run folder.")],
+    path: Annotated[Any, typer.Argument(parser=as_place, metavar="PATH", help="A latents store or a run folder.")],
     as_json: Json = False,
 ) -> int:
     """Say what a store holds, without solving or loading anything large.
@@ -361,7 +329,7 @@ def inspect(
     """
     facts = describe(path)
     if as_json:
-        _print_json(facts)
+        print_json(facts)
     else:
         for name, value in facts.items():
             text = f"{value:,}" if isinstance(value, int) else str(value)
@@ -370,11 +338,11 @@ def inspect(
 
 
 def _source(
-    name: str, latents: Path, mean: Path | None, cov: Path | None, low: float, high: float, radius: float
+    name: str, latents: Place, mean: Path | None, cov: Path | None, low: float, high: float, radius: float
 ) -> object:
     """The source that the options of ``solve`` describe."""
     kinds: dict[str, Callable[[int], object]] = {
-        "gaussian": lambda dim: Gaussian(_numbers(mean, 0.0), _numbers(cov, 1.0), dim),
+        "gaussian": lambda dim: Gaussian(numbers(mean, 0.0), numbers(cov, 1.0), dim),
         "cube": lambda dim: Cube(dim, low, high),
         "ball": lambda dim: Ball(dim, radius),
         "sphere": lambda dim: Sphere(dim, radius),
@@ -382,82 +350,15 @@ def _source(
     if name in kinds:
         shape = open_latents(latents).shape
         return kinds[name](shape[1]) if len(shape) == 2 else name
-    if Path(name).exists():
+    if as_place(name).exists():
         return open_latents(name)[:]
     raise InputError(f"--source {name}: not one of {', '.join(kinds)}, and no such zarr store")
 
 
-def _numbers(path: Path | None, default: float) -> Any:
-    if path is None:
-        return default
-    try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as an npy file: {error}") from error
-
-
-def _speak(event: dict[str, Any]) -> None:
-    """Off the terminal, where no progress is drawn, the milestones go to standard error as plain lines."""
-    if err.is_terminal:
-        return
-    if event["event"] in ("note", "warning"):
-        _say(event["event"], "yellow", event["text"])
-    if event["event"] == "check":
-        err.print(f"{event['samples']:,} samples: chi2 {event['chi2']:.4f} +- {event['error']:.4f}", soft_wrap=True)
-
-
-def _finish(solution: Solution, run: Path, as_json: bool) -> int:
-    _report(solution, run, as_json)
+def _finish(solution: Solution, run: Place, as_json: bool) -> int:
+    report(solution, run, as_json)
     missed = solution.options.until_chi2 is not None and solution.reason != "until_chi2"
     return BUDGET if missed else GOAL
-
-
-def _report(solution: Solution, run: Path, as_json: bool) -> None:
-    c = solution.certificate
-    if as_json:
-        _print_json(
-            {
-                "run": str(run),
-                "reason": solution.reason,
-                "samples": solution.samples,
-                "efficiency": solution.efficiency,
-                "certificate": c.to_dict(),
-                "notes": list(solution.notes),
-                "history": [check.to_dict() for check in solution.history],
-            }
-        )
-        return
-    rows = [
-        (
-            "samples",
-            f"{solution.samples:,}",
-            f"{solution.samples / c.atoms:.1f} per latent, efficiency {solution.efficiency:.2f}",
-        ),
-        ("chi2", f"{c.chi2:.4f} ± {c.chi2_error:.4f}", "squared relative error of the cell masses; 0 is exact"),
-        (
-            "empty cells",
-            f"{c.empty:,} of {c.atoms:,}",
-            f"{c.empty_by_chance:.1f} by chance in {c.samples:,} fresh samples",
-        ),
-        ("W2²", f"{c.w2_squared_bound:.6g} ± {c.w2_squared_bound_error:.2g}", "lower bound, exact as chi2 -> 0"),
-        ("", f"≥ {c.w2_squared_limit:.6g}", f"with {c.level:.0%} confidence"),
-        ("map cost", f"{c.map_cost:.6g} ± {c.map_cost_error:.2g}", "mean of |x - T(x)|²"),
-        ("mismatch", f"{c.mismatch:.2g} ± {c.mismatch_error:.2g}", "W2² bound - map cost; 0 when all masses are exact"),
-    ]
-    out.print(Text.assemble("\n", (str(run), "bold"), f": {solution.explanation}"), soft_wrap=True)
-    for name, value, meaning in rows:
-        out.print(f"  {name:<12} {value:<22} {meaning}", soft_wrap=True)
-    if solution.reason != "until_chi2":
-        more = f" --max-samples {2 * solution.samples}" if solution.reason == "max_samples" else ""
-        out.print(f"go on: distot resume {run}{more}", soft_wrap=True)
-
-
-def _say(label: str, style: str, text: str) -> None:
-    err.print(Text.assemble((label, style), f": {text}"), soft_wrap=True)
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    print(json.dumps(value))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -480,9 +381,9 @@ def main(arguments: list[str] | None = None) -> None:
         code = 130
     except UsageError as error:
         where = error.ctx.command_path if error.ctx else "distot"
-        _say("error", "red", f"{error.format_message().rstrip('.')}; see {where} --help")
+        say("error", "red", f"{error.format_message().rstrip('.')}; see {where} --help")
     except (DistotError, OSError) as error:
-        _say("error", "red", str(error))
+        say("error", "red", str(error))
     sys.exit(code)
 
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from distot.store import Run, open_latents
+from distot.store import Place, Run, as_place, explained, open_latents
 
 
-def describe(path: str | Path) -> dict[str, Any]:
+def describe(path: str | Place) -> dict[str, Any]:
     """Facts about a store, in reading order. Raises StoreError if there is none."""
-    path = Path(path)
-    return _run(path) if (path / "config.json").is_file() else _latents(path)
+    path = as_place(path)
+    with explained("read", path):
+        is_run = (path / "config.json").is_file()
+    return _run(path) if is_run else _latents(path)
 
 
-def _latents(path: Path) -> dict[str, Any]:
+def _latents(path: Place) -> dict[str, Any]:
     latents = open_latents(path)
     shape = list(latents.shape)
     return {
@@ -31,7 +32,7 @@ def _latents(path: Path) -> dict[str, Any]:
     }
 
 
-def _run(path: Path) -> dict[str, Any]:
+def _run(path: Place) -> dict[str, Any]:
     run = Run(path)
     options = run.config["options"]
     facts: dict[str, Any] = {

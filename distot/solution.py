@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ from distot.problem import Problem
 from distot.schedule import Check, Options
 from distot.solver import Progress, entropic_part
 from distot.source import BLOCK
-from distot.store import Latents, Run
+from distot.store import Latents, Place, Run
 from distot.target import Rows
 
 REASONS = {
@@ -181,7 +180,7 @@ class Solution:
         latents = self.held.latents
         return latents.take(index) if isinstance(latents, Latents) else np.asarray(latents)[index]
 
-    def save(self, path: str | Path) -> Path:
+    def save(self, path: str | Place) -> Place:
         """Writes a self-contained run folder, with a copy of the latents, for ``distot.load`` and ``distot resume``.
 
         Raises StoreError if ``path`` exists or cannot be written.

@@ -15,7 +15,7 @@ import torch
 
 from distot.errors import DistotWarning, StoreError
 from distot.grid import Axis
-from distot.store import Part, Run
+from distot.store import Part, Run, TakenOver
 
 Event = dict[str, Any]
 LOG_SECONDS = 1.0  # step events are logged at most this often
@@ -110,7 +110,8 @@ class Watch:
     def save(self, step: int, part: Part, scalars: dict[str, Any], must: bool = False) -> None:
         """Writes a checkpoint, of which this process has one part.
 
-        If that fails the run goes on and tries again later, unless it ``must`` succeed.
+        If that fails the run goes on and tries again later, unless it ``must`` succeed. Raises TakenOver if another
+        writer has come.
         """
         if self.run is None:
             return
@@ -118,7 +119,7 @@ class Watch:
         try:
             name = self.run.save_checkpoint(step, part, scalars, self.world)
         except StoreError as error:
-            if must:
+            if must or isinstance(error, TakenOver):
                 raise
             self.warn(f"{error}; the run goes on and will try again")
         else:

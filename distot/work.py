@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,7 +26,7 @@ from distot.progress import listener
 from distot.schedule import Options, StopRule
 from distot.solution import Interrupted, Solution
 from distot.solver import Progress
-from distot.store import Run, explained, need_space, open_latents
+from distot.store import Place, Run, Url, as_place, need_space, new_file, open_latents
 from distot.target import ROWS, Rows
 from distot.watch import Watch, signals
 
@@ -34,7 +35,7 @@ class Task(Protocol):
     """Something to do with a run, in this process or, by the same call in each, in many."""
 
     @property
-    def run(self) -> Path | None: ...
+    def run(self) -> Place | None: ...
 
     def __call__(self, room: Room) -> Any: ...
 
@@ -51,7 +52,7 @@ class Solve:
     source: object
     mass: NDArray[Any] | None
     options: Options
-    run: Path | None = None
+    run: Place | None = None
     init: object = None
     copies: bool = False  # the new run keeps a copy of the latents even if they are in a store
 
@@ -73,7 +74,7 @@ class Solve:
             return _drive(replace(case, run=folder), None, (), room)
 
     def again(self) -> Task:
-        if self.run is None or not (self.run / "config.json").exists():
+        if self.run is None or not (self.run / "config.json").is_file():
             return self
         return Resume(self.run, source=self.source if callable(self.source) else None, after_loss=True)
 
@@ -82,18 +83,18 @@ class Solve:
 class Opened:
     """A task for a run that is there. What is None is as the run says."""
 
-    run: Path
+    run: Place
     source: object = None  # a callable, or a Source, if the run began with one
     latents: object = None  # where they are now
     changes: dict[str, Any] = field(default_factory=dict)  # options that are replaced; None takes a limit away
 
-    def open(self, room: Room) -> tuple[Case, tuple[str, ...], Progress | None]:
+    def open(self, folder: Run, room: Room) -> tuple[Case, tuple[str, ...], Progress | None]:
         """As ``case.open_case``."""
-        return open_case(self.run, self.source, self.latents, self.changes, room)
+        return open_case(folder, self.source, self.latents, self.changes, room)
 
-    def begun(self, room: Room) -> tuple[Case, tuple[str, ...], Progress]:
+    def begun(self, folder: Run, room: Room) -> tuple[Case, tuple[str, ...], Progress]:
         """The same. Raises StoreError if there is no checkpoint yet."""
-        case, remarks, found = self.open(room)
+        case, remarks, found = self.open(folder, room)
         if found is None:
             raise StoreError(f"{self.run} has no checkpoint yet; go on with: distot resume {self.run}")
         return case, remarks, found
@@ -104,7 +105,7 @@ class Load(Opened):
     """Raises as ``api.load`` does."""
 
     def __call__(self, room: Room) -> Solution:
-        case, remarks, found = self.begun(room)
+        case, remarks, found = self.begun(Run(self.run), room)
         return case.solution(found, remarks, case.kept(found))
 
 
@@ -115,9 +116,9 @@ class Resume(Opened):
     after_loss: bool = False  # of processes, which may have come when all was done
 
     def __call__(self, room: Room) -> Solution:
-        run = self.run
-        with locked(Run(run), room):
-            case, remarks, found = self.open(room)
+        run, folder = self.run, Run(self.run)
+        with locked(folder, room):
+            case, remarks, found = self.open(folder, room)
             problem, options = case.problem, case.options
             if room.grid.leads:
                 need_space(run, case.checkpoint_bytes)
@@ -152,8 +153,9 @@ class Certify(Opened):
     seed_step: int = 0
 
     def __call__(self, room: Room) -> Solution:
-        with locked(Run(self.run), room):
-            case, remarks, found = self.begun(room)
+        folder = Run(self.run)
+        with locked(folder, room):
+            case, remarks, found = self.begun(folder, room)
             certificate = case.solution(found).certify(self.samples, self.seed_step)
             case.keep(certificate, found)
             return case.solution(found, remarks, certificate)
@@ -169,40 +171,34 @@ class AssignFile(Opened):
     Raises as ``api.assign_file`` does.
     """
 
-    samples: Path | NDArray[Any] = field(kw_only=True)
-    out: Path = field(kw_only=True)
+    samples: Place | NDArray[Any] = field(kw_only=True)
+    out: Place = field(kw_only=True)
 
     def __call__(self, room: Room) -> int:
         rows, out = _samples(self.samples), self.out
         solution = Load(self.run, self.source, self.latents, self.changes)(room)
-        partial = out.with_name(f".{out.name}.partial")
-        with explained("write", out):
-            file = open_memmap(partial, "w+", np.int64, (rows.shape[0],)) if room.grid.leads else None
-            try:
-                for first in range(0, rows.shape[0], ROWS):
-                    found = solution.assign(np.asarray(rows[first : first + ROWS]))
-                    if file is not None:
-                        file[first : first + len(found)] = found
+        with new_file(out) if room.grid.leads else nullcontext() as partial:
+            file = None if partial is None else open_memmap(partial, "w+", np.int64, (rows.shape[0],))
+            for first in range(0, rows.shape[0], ROWS):
+                found = solution.assign(np.asarray(rows[first : first + ROWS]))
                 if file is not None:
-                    file.flush()
-                    partial.rename(out)
-            finally:
-                if room.grid.leads:
-                    partial.unlink(missing_ok=True)
+                    file[first : first + len(found)] = found
+            if file is not None:
+                file.flush()
         return int(rows.shape[0])
 
     def again(self) -> Task:
         return self
 
 
-def _samples(samples: Path | NDArray[Any]) -> Rows:
+def _samples(samples: Place | NDArray[Any]) -> Rows:
     """Samples that can be read by range. Raises InputError for what is no matrix of numbers."""
     if isinstance(samples, Path) and samples.suffix == ".npy":
         try:
             samples = np.load(samples, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
             raise InputError(f"{samples} cannot be read as an npy file: {error}") from error
-    rows = open_latents(samples) if isinstance(samples, Path) else samples
+    rows = open_latents(samples) if isinstance(samples, Path | Url) else samples
     if len(rows.shape) != 2 or rows.dtype.kind not in "fiu":
         raise InputError(f"samples must be real and of shape (B, d), not {rows.dtype} {tuple(rows.shape)}")
     return rows
@@ -211,8 +207,8 @@ def _samples(samples: Path | NDArray[Any]) -> Rows:
 def _init(init: object, problem: Problem, assigner: str, room: Room) -> NDArray[Any]:
     """Heights of own atoms in the frame for a warm start. Raises InputError for another shape, or not finite ones."""
     target = problem.target
-    if isinstance(init, str | Path):
-        init = Load(Path(init))(replace(room, cache={}))
+    if isinstance(init, str | Path | Url):
+        init = Load(as_place(init))(replace(room, cache={}))
     if isinstance(init, Solution):
         held = init.held
         if held.problem.target.dim != target.dim:

@@ -11,17 +11,17 @@ one time to the next.
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from distot.cli import main as command
 from distot.inspect import describe
+from distot.store import as_place
 
 PLACES = ("--workers", "--replicas", "--ray", "--device")  # options that are not kept in the run
 
 
 def main(words: list[str]) -> None:
     paths = [word for word in words[:2] if not word.startswith("-")]
-    run = Path(paths[1]) if len(paths) > 1 else None
+    run = as_place(paths[1]) if len(paths) > 1 else None
     if run is None or not run.exists():
         command(["solve", *words])
     elif describe(run)["state"] == "until_chi2":

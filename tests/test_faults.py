@@ -588,7 +588,7 @@ def test_unwritable_folder(unprivileged: Launcher, run: Path) -> None:
         assert unprivileged.run("inspect", run).returncode == 0
         run.chmod(0o000)
         for command in ("resume", "inspect"):
-            assert_one_sentence(unprivileged.run(command, run), f"path '{run}' is not readable")
+            assert_one_sentence(unprivileged.run(command, run), f"cannot read {run}: permission denied")
     finally:
         for place in (folder, run):
             place.chmod(0o755)

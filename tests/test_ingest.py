@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 import zarr
 
-from distot import ingest as module
+from distot import readers as module
 from distot.errors import DistotError, InputError, StoreError
 from distot.ingest import ingest
 from distot.store import new_latents, open_latents
@@ -421,7 +421,7 @@ def test_a_missing_source_or_unknown_format_is_refused(tmp_path: Path, out: Path
 def test_a_missing_library_is_named(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = parquet_fixed(tmp_path, Z)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    refused(InputError, source, out, "pyarrow.parquet", "pip install 'distot[ingest]'")
+    refused(InputError, source, out, "pyarrow.parquet", "pip install pyarrow")
 
 
 def test_an_existing_destination_is_refused_before_any_row_is_read(tmp_path: Path, out: Path) -> None:
@@ -519,13 +519,13 @@ def test_a_column_by_column_member_of_a_zip_is_refused_with_the_remedy(tmp_path:
 MEMORY = """
 import re, sys
 import pyarrow.parquet, safetensors
-from distot import ingest
+from distot import ingest, readers
 from distot.store import latents
 
 def peak():  # in MiB, of this program alone; ru_maxrss would start at what the parent held
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read()).group(1)) >> 10
 
-ingest.BLOCK_BYTES, latents.CHUNKS_PER_SHARD = 4 << 20, 2  # so that files of moderate size are large
+readers.BLOCK_BYTES, latents.CHUNKS_PER_SHARD = 4 << 20, 2  # so that files of moderate size are large
 before = peak()
 for source in sys.argv[1:]:
     ingest.ingest(source, source + ".zarr", dtype="float32")

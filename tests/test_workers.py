@@ -93,7 +93,7 @@ def test_bad_input_is_refused_in_one_sentence(tmp_path: Path) -> None:
         distot.solve(bad, workers=2)
     with pytest.raises(InputError, match="give latents and run as paths"):
         distot.solve(CLOUD, workers=2, ray="auto")
-    with pytest.raises(InputError, match="this process uses the Ray at .* already, and not that at 127.0.0.1:1"):
+    with pytest.raises(InputError, match=r"this process uses the Ray at .* already, and not that at 127\.0\.0\.1:1"):
         distot.resume(tmp_path / "none.zarr", workers=2, ray="127.0.0.1:1")
 
 

@@ -4,8 +4,10 @@ Nothing is ever half there: a store appears under its name by one rename, a chec
 and both only after every byte below them has been flushed to disk.
 """
 
-from distot.store.files import explained, need_space
+from distot.store.files import explained, need_space, new_file
 from distot.store.latents import Latents, LatentsWriter, copy_latents, new_latents, open_latents
+from distot.store.lock import TakenOver
+from distot.store.places import Place, Url, as_place, reference, referred
 from distot.store.runs import Checkpoint, Dropped, Part, Run
 
 __all__ = [
@@ -14,10 +16,17 @@ __all__ = [
     "Latents",
     "LatentsWriter",
     "Part",
+    "Place",
     "Run",
+    "TakenOver",
+    "Url",
+    "as_place",
     "copy_latents",
     "explained",
     "need_space",
+    "new_file",
     "new_latents",
     "open_latents",
+    "reference",
+    "referred",
 ]

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec
 
 from distot.errors import StoreError
+from distot.store.places import Place, sizes, zarr_store
 
 VECTOR_CHUNK = 1 << 20  # values in a chunk of a vector: 8 MiB of float64
 
@@ -29,18 +30,19 @@ def write_vector(group: zarr.Group, name: str, values: NDArray[Any]) -> None:
     array[...] = values
 
 
-def open_node(path: Path) -> zarr.Array[Any] | zarr.Group:
+def open_node(path: Place) -> zarr.Array[Any] | zarr.Group:
     try:
         with meaningful(path):
-            return zarr.open(str(path), mode="r")
+            return zarr.open(zarr_store(path), mode="r")
     except FileNotFoundError:
         what = "is not a zarr store" if path.exists() else "does not exist"
-        data, store = (path, path.with_suffix(".zarr")) if path.is_file() else ("DATA.npy", path)
+        file = isinstance(path, Path) and path.is_file()
+        data, store = (path, f"{str(path).removesuffix(path.suffix)}.zarr") if file else ("DATA.npy", path)
         raise StoreError(f"{path} {what}; make one with: distot ingest {data} {store}") from None
 
 
 @contextmanager
-def meaningful(path: Path) -> Iterator[None]:
+def meaningful(path: Place) -> Iterator[None]:
     """Turns what zarr says of damaged metadata into one sentence."""
     try:
         yield
@@ -52,46 +54,53 @@ def meaningful(path: Path) -> Iterator[None]:
         ) from error
 
 
-def read(array: zarr.Array[Any], rows: slice | EllipsisType, path: Path) -> NDArray[Any]:
+def read(array: zarr.Array[Any], rows: slice | EllipsisType, path: Place) -> NDArray[Any]:
     with readable(array, path):
         return np.asarray(array[rows])
 
 
 @contextmanager
-def readable(array: zarr.Array[Any], path: Path) -> Iterator[None]:
+def readable(array: zarr.Array[Any], path: Place) -> Iterator[None]:
     """Turns what zarr says of damaged chunks into one sentence that names the file."""
     try:
         yield
+    except StoreError:
+        raise
     except (ValueError, LookupError, TypeError, OSError) as error:
         raise StoreError(f"{_culprit(array, path, error)}; restore it from a copy, or make it anew") from error
 
 
-def load(path: Path, rows: slice | EllipsisType = ...) -> NDArray[Any]:
+def load(path: Place, rows: slice | EllipsisType = ...) -> NDArray[Any]:
     node = open_node(path)
     if not isinstance(node, zarr.Array):
         raise StoreError(f"{path} is not a zarr array; this folder was not written by distot")
     return read(node, rows, path)
 
 
-def _pieces(array: zarr.Array[Any], path: Path) -> Iterator[tuple[slice, Path]]:
-    """Row ranges and files of the stored objects of an array with default chunk keys."""
+def _pieces(array: zarr.Array[Any], path: Place) -> Iterator[tuple[slice, str]]:
+    """Row ranges and names, from ``path``, of the stored objects of an array with default chunk keys."""
     step = (array.shards or array.chunks)[0]
-    folder = path / array.basename if array.basename and path.name != array.basename else path
+    folder = f"{array.basename}/" if array.basename and path.name != array.basename else ""
     for i in range(-(-array.shape[0] // step)):
-        yield slice(i * step, (i + 1) * step), folder.joinpath("c", str(i), *["0"] * (array.ndim - 1))
+        yield slice(i * step, (i + 1) * step), "/".join([f"{folder}c", str(i), *["0"] * (array.ndim - 1)])
 
 
-def _culprit(array: zarr.Array[Any], path: Path, error: Exception) -> str:
+def _culprit(array: zarr.Array[Any], path: Place, error: Exception) -> str:
     """Names the first file of an array that cannot be read."""
-    for rows, file in _pieces(array, path):
+    for rows, name in _pieces(array, path):
         try:
             array[rows]
         except (ValueError, LookupError, TypeError, OSError):
-            return f"{file} is damaged or cut short"
+            return f"{path / name} is damaged or cut short"
     return f"{path} cannot be read ({error})"
 
 
-def check_complete(path: Path, array: zarr.Array[Any]) -> None:
-    for _, file in _pieces(array, path):
-        if not file.exists() or not file.stat().st_size:
-            raise StoreError(f"{file} is missing or empty; restore this file from a copy, or ingest the latents again")
+def check_complete(path: Place, *arrays: zarr.Array[Any]) -> None:
+    """Raises StoreError if a file of these arrays is missing."""
+    there = sizes(path)
+    for array in arrays:
+        for _, name in _pieces(array, path):
+            if not there.get(name):
+                raise StoreError(
+                    f"{path / name} is missing or empty; restore this file from a copy, or ingest the latents again"
+                )

@@ -6,27 +6,30 @@ import errno
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from distot.errors import StoreError
+from distot.store.places import Place, Url
 
 
 @contextmanager
-def explained(doing: str, path: Path) -> Iterator[None]:
+def explained(doing: str, path: Place) -> Iterator[None]:
     """Turns what the operating system says into one sentence with the remedy."""
     try:
         yield
     except StoreError:
         raise
     except OSError as error:
+        may = "read" if doing == "read" else "write to"
         remedy = {
             errno.ENOSPC: "the disk is full; free some space or choose another disk",
             errno.EDQUOT: "your disk quota is used up; free some space or choose another disk",
             errno.EFBIG: "the file would grow past the size limit of this process (ulimit -f); raise it",
-            errno.EACCES: "permission denied; choose a folder you may write to",
-            errno.EPERM: "permission denied; choose a folder you may write to",
+            errno.EACCES: f"permission denied; choose a folder you may {may}",
+            errno.EPERM: f"permission denied; choose a folder you may {may}",
             errno.EROFS: "the file system is read-only; choose another folder",
             errno.ENOTDIR: "a part of that path is a file, not a folder; choose another path",
             errno.EEXIST: "a part of that path is a file, not a folder; choose another path",
@@ -53,8 +56,11 @@ def flush_tree(folder: Path, files: bool = True) -> None:
         flush(Path(root))
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Place, text: str) -> None:
     """Replaces a file so that a reader, or a crash, sees the old text or the new one, never a part."""
+    if isinstance(path, Url):
+        path.write_bytes(text.encode())
+        return
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         with partial.open("w") as file:
@@ -69,10 +75,20 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill, which gets its name only when filled and flushed. Raises StoreError if the name is taken."""
+def new_folder(path: Place) -> Iterator[Place]:
+    """A folder to fill, which gets its name only when filled and flushed. Raises StoreError if the name is taken.
+
+    In an object store the names are there at once: what is filled there must say that it is complete, at the end.
+    """
     if path.exists():
         raise StoreError(f"{path} exists already; choose another name or delete it first")
+    if isinstance(path, Url):
+        try:
+            yield path
+        except BaseException:
+            remove(path)
+            raise
+        return
     with explained("write", path):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.partial-{secrets.token_hex(4)}")
@@ -87,8 +103,38 @@ def new_folder(path: Path) -> Iterator[Path]:
         flush(path.parent)
 
 
-def need_space(path: Path, wanted: int) -> None:
-    """Raises StoreError if the disk of ``path`` has fewer than ``wanted`` bytes free."""
+@contextmanager
+def new_file(path: Place) -> Iterator[Path]:
+    """A file of this machine to write, which gets its place when written."""
+    with explained("write", path):
+        if isinstance(path, Url):
+            with tempfile.TemporaryDirectory(prefix="distot-") as folder:
+                file = Path(folder, path.name)
+                yield file
+                path.upload(file)
+            return
+        partial = path.with_name(f".{path.name}.partial")
+        try:
+            yield partial
+            partial.rename(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def remove(folder: Place) -> None:
+    """Deletes a folder with all below it, as far as that is possible."""
+    if isinstance(folder, Path):
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    with suppress(StoreError):  # debris does no harm
+        for name in folder.files():
+            (folder / name).unlink(missing_ok=True)
+
+
+def need_space(path: Place, wanted: int) -> None:
+    """Raises StoreError if the disk of ``path`` has fewer than ``wanted`` bytes free; an object store has no end."""
+    if isinstance(path, Url):
+        return
     folder = path
     while not folder.exists():
         folder = folder.parent

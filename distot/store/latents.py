@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from zarr.codecs import Crc32cCodec
 from distot.errors import InputError, StoreError
 from distot.store.arrays import check_complete, meaningful, open_node, read, readable, write_vector
 from distot.store.files import need_space, new_folder
+from distot.store.places import Place, as_place, zarr_store
 from distot.target import Fingerprint
 
 FORMAT, VERSION = "distot-latents", 1
@@ -25,7 +25,7 @@ class Latents:
     """Rows of a latents store or of any 2-D zarr array, read by range; satisfies ``target.Rows``."""
 
     def __init__(
-        self, path: Path, array: zarr.Array[Any], mass: NDArray[Any] | None, attributes: dict[str, Any]
+        self, path: Place, array: zarr.Array[Any], mass: NDArray[Any] | None, attributes: dict[str, Any]
     ) -> None:
         self.path, self.array, self.mass, self.attributes = path, array, mass, attributes
         self.bfloat16 = attributes.get("dtype") == "bfloat16"
@@ -53,12 +53,12 @@ class Latents:
         return self.attributes.get("fingerprint")
 
 
-def open_latents(path: str | Path, array: str | None = None) -> Latents:
+def open_latents(path: str | Place, array: str | None = None) -> Latents:
     """Opens a latents store, a group with one 2-D array, or a 2-D array (``array`` names one of several).
 
     Raises StoreError if there is nothing readable, or a piece of a latents store is missing.
     """
-    path = Path(path)
+    path = as_place(path)
     node = open_node(path)
     if isinstance(node, zarr.Array):
         return Latents(path, node, None, {})
@@ -66,13 +66,14 @@ def open_latents(path: str | Path, array: str | None = None) -> Latents:
     if attributes.get("format") == "distot-run":
         raise InputError(f"{path} is a run, not latents; give the latents it was solved for")
     ours = attributes.get("format") == FORMAT
+    if attributes.get("unfinished"):
+        raise StoreError(f"{path} is not complete: it is being written, or its writer was killed; delete it")
     with meaningful(path):
         arrays = dict(node.arrays())  # those that zarr recognises
         if ours:
             found, mass = arrays["z"], arrays["mass"] if (path / "mass").exists() else None
     if ours:
-        for pieces in [found] if mass is None else [found, mass]:
-            check_complete(path, pieces)
+        check_complete(path, *[found] if mass is None else [found, mass])
         weights = None if mass is None else read(mass, ..., path)
         return Latents(path, found, weights, attributes)
     names = [array] if array else [name for name, a in arrays.items() if a.ndim == 2]
@@ -84,7 +85,7 @@ def open_latents(path: str | Path, array: str | None = None) -> Latents:
 class LatentsWriter:
     """Takes latents row block by row block and writes whole shards, in constant memory; made by ``new_latents``."""
 
-    def __init__(self, folder: Path, shape: tuple[int, int], dtype: str) -> None:
+    def __init__(self, folder: Place, shape: tuple[int, int], dtype: str) -> None:
         self.shape, self.dtype = shape, dtype
         stored = np.dtype("<u2" if dtype == "bfloat16" else dtype)
         n, d = shape
@@ -93,7 +94,7 @@ class LatentsWriter:
         self.fingerprint = Fingerprint(shape, np.dtype(np.float32) if dtype == "bfloat16" else stored)
         self.written = self.filled = 0
         self.buffer = np.empty((self.shard, d), dtype=stored)
-        self.group = zarr.create_group(str(folder))
+        self.group = zarr.create_group(zarr_store(folder), attributes={"format": FORMAT, "unfinished": True})
         self.array = self.group.create_array(
             "z",
             shape=shape,
@@ -135,19 +136,18 @@ class LatentsWriter:
             raise StoreError(
                 f"{self.written:,} rows came where {self.shape[0]:,} were announced; the source was cut short"
             )
-        self.group.attrs.update(
-            format=FORMAT, version=VERSION, dtype=self.dtype, fingerprint=self.fingerprint.hexdigest(), origin=origin
-        )
+        about: dict[str, Any] = {"format": FORMAT, "version": VERSION, "dtype": self.dtype, "origin": origin}
+        self.group.attrs.put(about | {"fingerprint": self.fingerprint.hexdigest()})
 
 
 @contextmanager
-def new_latents(path: str | Path, shape: tuple[int, int], dtype: str, origin: str) -> Iterator[LatentsWriter]:
+def new_latents(path: str | Place, shape: tuple[int, int], dtype: str, origin: str) -> Iterator[LatentsWriter]:
     """A latents store under construction; it appears at ``path`` when the block ends without an error.
 
     dtype: float16, bfloat16, float32 or float64. ``origin`` says in words where the rows come from.
     Raises StoreError if ``path`` exists, the disk is too small, or fewer rows than ``shape[0]`` were written.
     """
-    path = Path(path)
+    path = as_place(path)
     if dtype not in ("float16", "bfloat16", "float32", "float64"):
         raise InputError(f"latents cannot be stored as {dtype}; choose float16, bfloat16, float32 or float64")
     need_space(path, shape[0] * shape[1] * (2 if dtype == "bfloat16" else np.dtype(dtype).itemsize))
@@ -167,7 +167,7 @@ def _from_bfloat16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
-def copy_latents(rows: Any, mass: NDArray[Any] | None, path: Path, origin: str) -> None:
+def copy_latents(rows: Any, mass: NDArray[Any] | None, path: Place, origin: str) -> None:
     """Writes rows in memory as a latents store."""
     dtype = rows.dtype.name if rows.dtype.name in ("float16", "float32", "float64") else "float64"
     with new_latents(path, (rows.shape[0], rows.shape[1]), dtype, origin) as writer:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import secrets
-import shutil
-import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,14 +14,19 @@ from typing import Any, TypeVar
 
 import numpy as np
 import zarr
-from filelock import FileLock, Timeout
 from numpy.typing import NDArray
+from zarr.abc.store import Store
+from zarr.core.buffer import Buffer
+from zarr.storage import WrapperStore
 
 from distot.errors import StoreError
 from distot.grid import Axis
 from distot.store.arrays import Arrays, load, write_vector
-from distot.store.files import explained, flush, flush_tree, new_folder, write_atomically
+from distot.store.files import explained, flush, flush_tree, new_folder, remove, write_atomically
 from distot.store.latents import copy_latents
+from distot.store.lock import Fence, writer
+from distot.store.log import Log, records
+from distot.store.places import Place, Url, as_place, digest, zarr_store
 
 FORMAT, VERSION = "distot-run", 2
 KEEP = 2  # checkpoints kept in a run
@@ -48,7 +50,7 @@ class Part:
 class Checkpoint:
     """A verified checkpoint, with remarks on damaged newer ones. Its parts may come from any number of processes."""
 
-    folder: Path
+    folder: Place
     written: list[dict[str, Any]]  # of each part: name, first, count, arrays
     scalars: dict[str, Any]
     remarks: tuple[str, ...] = ()
@@ -74,20 +76,22 @@ class Checkpoint:
         self._still_there()
 
     def _still_there(self) -> None:
-        if not (self.folder / "MANIFEST.json").exists():  # the first thing a writer deletes; zarr fills in the rest
+        if not (self.folder / "MANIFEST.json").is_file():  # the first thing a writer deletes; zarr fills in the rest
             raise Dropped(f"checkpoint {self.name} was deleted while it was read")
 
 
 class Run:
     """A run folder. Readers need no lock; a writer holds ``lock()``."""
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Place) -> None:
+        self.path = as_place(path)
+        self._fence: Fence = lambda: None
+        self._log = Log(self.path)
         file = self.path / "config.json"
-        if not file.is_file():
-            what = "is not a run folder (it has no config.json)" if self.path.exists() else "does not exist"
-            raise StoreError(f"{self.path} {what}; start one with: distot solve LATENTS.zarr {self.path}")
-        with explained("read", file):
+        with explained("read", self.path):
+            if not file.is_file():
+                what = "is not a run folder (it has no config.json)" if self.path.exists() else "does not exist"
+                raise StoreError(f"{self.path} {what}; start one with: distot solve LATENTS.zarr {self.path}")
             text = file.read_bytes()
         try:
             self.config: dict[str, Any] = json.loads(text)
@@ -99,23 +103,27 @@ class Run:
             )
 
     @classmethod
-    def create(cls, path: str | Path, config: dict[str, Any], arrays: Arrays, latents: tuple[Any, Any] | None) -> Run:
-        """A new run folder with its configuration, the arrays it needs and, if given, a copy of (rows, mass)."""
-        path = Path(path)
+    def create(cls, path: str | Place, config: dict[str, Any], arrays: Arrays, latents: tuple[Any, Any] | None) -> Run:
+        """A new run folder with its configuration, the arrays it needs and, if given, a copy of (rows, mass).
+
+        Raises StoreError if something is there already.
+        """
+        path = as_place(path)
         if path.exists():
             raise StoreError(
                 f"{path} exists already; continue it with `distot resume {path}`, or choose another name for a new run"
             )
+        text = json.dumps({"format": FORMAT, "version": VERSION} | config, indent=2) + "\n"
         with new_folder(path) as folder:
-            group = zarr.create_group(str(folder), attributes={"format": FORMAT, "version": VERSION})
+            group = zarr.create_group(zarr_store(folder), attributes={"format": FORMAT, "version": VERSION})
             for name, values in arrays.items():
                 write_vector(group, name, values)
             if latents is not None:
                 rows, mass = latents
                 copy_latents(rows, mass, folder / "latents.zarr", "copied from memory by distot.solve")
-            (folder / "checkpoints").mkdir()
-            text = json.dumps({"format": FORMAT, "version": VERSION} | config, indent=2)
-            (folder / "config.json").write_text(text + "\n")
+            if isinstance(folder, Path):
+                (folder / "checkpoints").mkdir()
+            write_atomically(folder / "config.json", text)  # last: it makes a run of it
         return cls(path)
 
     def array(self, name: str) -> NDArray[Any]:
@@ -123,47 +131,37 @@ class Run:
         return load(self.path / name)
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Refuses a second writer, on this machine or on a shared file system with POSIX locks."""
-        owner = self.path / "owner.json"
-        lock = FileLock(self.path / ".lock")
-        with explained("lock", self.path):
+    def lock(self, group: str | None = None) -> Iterator[None]:
+        """Refuses a second writer; ``group`` as in ``lock.writer``."""
+        with writer(self.path, group) as self._fence:
+            self._clear_debris()
             try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                who = self.load_json("owner.json") or {"pid": "unknown", "host": "unknown", "since": "just now"}
-                raise StoreError(
-                    f"{self.path} is being written by process {who['pid']} on host {who['host']} since {who['since']}; "
-                    "wait for it or stop it"
-                ) from None
-        try:
-            me = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-            with explained("write", owner):
-                write_atomically(owner, json.dumps(me))
-            for debris in (self.path / "checkpoints").iterdir():
-                if not (debris / "MANIFEST.json").exists():
-                    shutil.rmtree(debris, ignore_errors=True)
-            for partial in self.path.glob(".*.partial"):
-                partial.unlink()
-            yield
-        finally:
-            owner.unlink(missing_ok=True)
-            lock.release()
+                yield
+            finally:
+                self._log.close()
+
+    def _clear_debris(self) -> None:
+        """Deletes checkpoints without a manifest, and files under names of their own making."""
+        checkpoints = self.path / "checkpoints"
+        if isinstance(checkpoints, Url):
+            names = checkpoints.files()
+            for debris in {name.split("/")[0] for name in names}:
+                if f"{debris}/MANIFEST.json" not in names:
+                    remove(checkpoints / debris)
+            return
+        for folder in checkpoints.iterdir():
+            if not (folder / "MANIFEST.json").exists():
+                remove(folder)
+        for partial in checkpoints.parent.glob(".*.partial"):
+            partial.unlink()
 
     def log(self, record: dict[str, Any]) -> None:
-        """Appends one line to log.jsonl, in place of a last one that a crash or a full disk has cut off."""
-        file = self.path / "log.jsonl"
-        with explained("write", file), file.open("a+b") as stream:
-            size = stream.tell()
-            if size and os.pread(stream.fileno(), 1, size - 1) != b"\n":
-                stream.truncate(file.read_bytes().rfind(b"\n") + 1)
-            stream.write(json.dumps(record).encode() + b"\n")
+        """Adds an event to the log."""
+        self._log.append(record)
 
     def records(self) -> list[dict[str, Any]]:
         """The log; a last line cut off by a crash is left out."""
-        file = self.path / "log.jsonl"
-        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        return records(self.path)
 
     def save_json(self, name: str, value: dict[str, Any]) -> None:
         with explained("write", self.path / name):
@@ -173,7 +171,7 @@ class Run:
         file = self.path / name
         try:
             with explained("read", file):
-                text = file.read_bytes() if file.exists() else b"null"
+                text = file.read_bytes() if file.is_file() else b"null"
             value: dict[str, Any] | None = json.loads(text)
         except ValueError as error:
             raise StoreError(f"{file} is damaged ({error}); delete it, distot certify makes it anew") from error
@@ -189,31 +187,39 @@ class Run:
             _agreed(world, lambda: self._commit(folder, written, scalars) if world.rank == 0 else None)
         except BaseException:
             if world.rank == 0:
-                shutil.rmtree(folder, ignore_errors=True)
+                remove(folder)
             raise
         return name
 
-    def _commit(self, folder: Path, parts: list[dict[str, Any]], scalars: dict[str, Any]) -> None:
+    def _commit(self, folder: Place, parts: list[dict[str, Any]], scalars: dict[str, Any]) -> None:
+        self._fence()
         with explained("write the checkpoint", folder):
-            flush_tree(folder, files=False)
-            flush(folder.parent)
+            if isinstance(folder, Path):
+                flush_tree(folder, files=False)
+                flush(folder.parent)
             manifest = {"format": "distot-checkpoint", "version": VERSION, "written": time.time()}
             manifest |= {"parts": parts, "scalars": scalars}
             manifest |= {"sha256": _digest(manifest)}
             write_atomically(folder / "MANIFEST.json", json.dumps(manifest, indent=1))
             write_atomically(self.path / "LATEST", folder.name + "\n")
         for old in self._committed()[KEEP:]:
-            with suppress(OSError):  # what cannot be deleted does no harm
+            with suppress(OSError, StoreError):  # what cannot be deleted does no harm
                 (old / "MANIFEST.json").unlink()
-                shutil.rmtree(old)
+                remove(old)
 
-    def _committed(self) -> list[Path]:
+    def _committed(self) -> list[Place]:
         """Folders of committed checkpoints, newest first."""
-        found = []
-        for manifest in (self.path / "checkpoints").glob("step-*/MANIFEST.json"):
-            with suppress(FileNotFoundError):  # a writer drops old ones while we look
-                found.append((manifest.parent.name[:14], manifest.stat().st_mtime_ns, manifest.parent))
-        return [folder for *_, folder in sorted(found, reverse=True)]
+        checkpoints = self.path / "checkpoints"
+        found: list[tuple[str, float, Place]] = []
+        if isinstance(checkpoints, Url):
+            for name, (_, written) in checkpoints.files().items():
+                if name.endswith("/MANIFEST.json"):
+                    found.append((name[:14], written.timestamp(), checkpoints / name.split("/")[0]))
+        else:
+            for manifest in checkpoints.glob("step-*/MANIFEST.json"):
+                with suppress(FileNotFoundError):  # a writer drops old ones while we look
+                    found.append((manifest.parent.name[:14], manifest.stat().st_mtime, manifest.parent))
+        return [folder for *_, folder in sorted(found, key=lambda entry: entry[:2], reverse=True)]
 
     def load_checkpoint(self, world: Axis | None = None) -> Checkpoint | None:
         """The newest checkpoint that verifies, with remarks on those that did not; None if none was committed.
@@ -256,28 +262,49 @@ def _agreed(world: Axis, work: Callable[[], T]) -> list[T]:
         done = work()
     except StoreError as error:
         failure = error
-    results = world.objects((done, None if failure is None else str(failure)))
+    results = world.objects((done, None if failure is None else type(failure)(str(failure))))
     if failure is not None:
         raise failure
-    for _, message in results:
-        if message is not None:
-            raise StoreError(message)
+    for _, other in results:
+        if other is not None:
+            raise other
     return [done for done, _ in results]
 
 
-def _write_part(folder: Path, number: int, part: Part) -> dict[str, Any]:
+class _Hashed(WrapperStore[Store]):
+    """Remembers size and hash of every file that zarr writes."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__(store)
+        self.files: dict[str, dict[str, Any]] = {}
+
+    async def set(self, key: str, value: Buffer) -> None:
+        await self._store.set(key, value)
+        self._note(key, value)
+
+    async def set_if_not_exists(self, key: str, value: Buffer) -> None:
+        await self._store.set_if_not_exists(key, value)
+        self._note(key, value)
+
+    def _note(self, key: str, value: Buffer) -> None:
+        self.files[key] = {"bytes": len(value), "sha256": hashlib.sha256(value.as_buffer_like()).hexdigest()}
+
+
+def _write_part(folder: Place, number: int, part: Part) -> dict[str, Any]:
     """Writes and flushes the arrays of a part; its entry in the manifest."""
     name = f"part-{number:05d}"
     with explained("write the checkpoint", folder):
-        group = zarr.create_group(str(folder / name))
+        store = _Hashed(zarr_store(folder / name))
+        group = zarr.create_group(store)
         for key, values in part.arrays.items():
             write_vector(group, key, values)
-        files = {str(f.relative_to(folder)): _describe(f) for f in sorted((folder / name).rglob("*")) if f.is_file()}
-        flush_tree(folder / name)
+        if isinstance(folder, Path):
+            flush_tree(folder / name)
+    files = {f"{name}/{file}": its for file, its in sorted(store.files.items())}
     return {"name": name, "first": part.first, "count": part.count, "arrays": sorted(part.arrays), "files": files}
 
 
-def _verified(folder: Path, world: Axis) -> Checkpoint:
+def _verified(folder: Place, world: Axis) -> Checkpoint:
     """A checkpoint; every file of the parts that fall to this process has the size and hash of the manifest."""
     file = folder / "MANIFEST.json"
     try:
@@ -291,7 +318,7 @@ def _verified(folder: Path, world: Axis) -> Checkpoint:
         for name, expected in part["files"].items():
             file = folder / name
             try:
-                sound = _describe(file) == expected
+                sound = digest(file) == expected
             except OSError as error:
                 raise StoreError(
                     f"checkpoint {folder.name} is damaged: {file} cannot be read ({error.strerror})"
@@ -303,8 +330,3 @@ def _verified(folder: Path, world: Axis) -> Checkpoint:
 
 def _digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _describe(file: Path) -> dict[str, Any]:
-    with file.open("rb") as stream:
-        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}

@@ -1,0 +1,73 @@
+"""What the commands print: reports, messages, events, JSON."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from distot.solution import Solution
+from distot.store import Place
+
+# text is printed as it is: [brackets] and :colons: belong to paths
+out, err = (Console(stderr=stderr, highlight=False, markup=False, emoji=False) for stderr in (False, True))
+
+
+def speak(event: dict[str, Any]) -> None:
+    """Off the terminal, where no progress is drawn, the milestones go to standard error as plain lines."""
+    if err.is_terminal:
+        return
+    if event["event"] in ("note", "warning"):
+        say(event["event"], "yellow", event["text"])
+    if event["event"] == "check":
+        err.print(f"{event['samples']:,} samples: chi2 {event['chi2']:.4f} +- {event['error']:.4f}", soft_wrap=True)
+
+
+def report(solution: Solution, run: Place, as_json: bool) -> None:
+    c = solution.certificate
+    if as_json:
+        print_json(
+            {
+                "run": str(run),
+                "reason": solution.reason,
+                "samples": solution.samples,
+                "efficiency": solution.efficiency,
+                "certificate": c.to_dict(),
+                "notes": list(solution.notes),
+                "history": [check.to_dict() for check in solution.history],
+            }
+        )
+        return
+    rows = [
+        (
+            "samples",
+            f"{solution.samples:,}",
+            f"{solution.samples / c.atoms:.1f} per latent, efficiency {solution.efficiency:.2f}",
+        ),
+        ("chi2", f"{c.chi2:.4f} ± {c.chi2_error:.4f}", "squared relative error of the cell masses; 0 is exact"),
+        (
+            "empty cells",
+            f"{c.empty:,} of {c.atoms:,}",
+            f"{c.empty_by_chance:.1f} by chance in {c.samples:,} fresh samples",
+        ),
+        ("W2²", f"{c.w2_squared_bound:.6g} ± {c.w2_squared_bound_error:.2g}", "lower bound, exact as chi2 -> 0"),
+        ("", f"≥ {c.w2_squared_limit:.6g}", f"with {c.level:.0%} confidence"),
+        ("map cost", f"{c.map_cost:.6g} ± {c.map_cost_error:.2g}", "mean of |x - T(x)|²"),
+        ("mismatch", f"{c.mismatch:.2g} ± {c.mismatch_error:.2g}", "W2² bound - map cost; 0 when all masses are exact"),
+    ]
+    out.print(Text.assemble("\n", (str(run), "bold"), f": {solution.explanation}"), soft_wrap=True)
+    for name, value, meaning in rows:
+        out.print(f"  {name:<12} {value:<22} {meaning}", soft_wrap=True)
+    if solution.reason != "until_chi2":
+        more = f" --max-samples {2 * solution.samples}" if solution.reason == "max_samples" else ""
+        out.print(f"go on: distot resume {run}{more}", soft_wrap=True)
+
+
+def say(label: str, style: str, text: str) -> None:
+    err.print(Text.assemble((label, style), f": {text}"), soft_wrap=True)
+
+
+def print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value))

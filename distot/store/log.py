@@ -1,0 +1,63 @@
+"""The log of a run, a JSON object a line: log.jsonl in a folder; in an object store, where no file can grow, pieces."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import time
+from typing import Any
+
+from distot.errors import StoreError
+from distot.store.files import explained
+from distot.store.places import Place, Url
+
+PIECE_SECONDS = 20.0  # between two pieces; what came since the last one is lost if the process is killed
+
+
+class Log:
+    """Takes events of the one writer of the run at ``run``."""
+
+    def __init__(self, run: Place) -> None:
+        self.run = run
+        self.lines: list[bytes] = []
+        self.written = time.monotonic()
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Raises StoreError if it cannot be written."""
+        line = json.dumps(record).encode() + b"\n"
+        if isinstance(self.run, Url):
+            self.lines.append(line)
+            if time.monotonic() - self.written > PIECE_SECONDS:
+                self._write_piece(self.run)
+            return
+        file = self.run / "log.jsonl"
+        with explained("write", file), file.open("a+b") as stream:
+            size = stream.tell()
+            if size and os.pread(stream.fileno(), 1, size - 1) != b"\n":  # a crash or a full disk has cut it off
+                stream.truncate(file.read_bytes().rfind(b"\n") + 1)
+            stream.write(line)
+
+    def _write_piece(self, run: Url) -> None:
+        name = f"{time.time_ns():020d}-{secrets.token_hex(2)}.jsonl"
+        self.written = time.monotonic()
+        (run / "log" / name).write_bytes(b"".join(self.lines))
+        self.lines = []
+
+    def close(self) -> None:
+        """Writes what is left, if that is possible."""
+        if isinstance(self.run, Url) and self.lines:
+            try:
+                self._write_piece(self.run)
+            except StoreError:
+                self.lines = []  # the run goes without it, as it does where an append fails
+
+
+def records(run: Place) -> list[dict[str, Any]]:
+    """The log of a run; a last line cut off by a crash is left out."""
+    if isinstance(run, Url):
+        text = b"".join((run / "log" / name).read_bytes() for name in sorted((run / "log").files())).decode()
+    else:
+        file = run / "log.jsonl"
+        text = file.read_text() if file.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
