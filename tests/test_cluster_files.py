@@ -67,6 +67,9 @@ def test_kuberay_files_fit_their_schema(kind: str) -> None:
     for group in cluster["workerGroupSpecs"]:
         assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
         assert group["template"]["spec"]["terminationGracePeriodSeconds"] >= 60
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    containers = [container for group in groups for container in group["template"]["spec"]["containers"]]
+    assert all(container["envFrom"] == [{"secretRef": {"name": "object-store"}}] for container in containers)
 
 
 def test_both_kuberay_files_describe_the_same_cluster() -> None:

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 
 import distot
+from jobs.certify import main as certify
+from jobs.classes import main as classes
 from jobs.patches import patches
 
 ROOT = Path(__file__).parent.parent
@@ -68,6 +70,24 @@ def test_solve_or_go_on(tmp_path: Path) -> None:
     run(*job, folder=tmp_path)
     assert "until_chi2" in run(*job, folder=tmp_path).stdout
     assert distot.load(tmp_path / "run.zarr").reason == "until_chi2"
+
+
+def test_classes_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each class is a problem of its own; those that are done are left alone."""
+    labels = np.arange(300) % 2 + 10
+    np.save(tmp_path / "z.npy", np.random.default_rng(0).standard_normal((300, 3)) + labels[:, None])
+    np.save(tmp_path / "labels.npy", labels)
+    folder = tmp_path / "classes"
+    words = [str(tmp_path / "z.npy"), str(tmp_path / "labels.npy"), str(folder), "--until-chi2", "0.2"]
+    classes(words)
+    assert "class 11: 150 latents" in capsys.readouterr().out
+    runs = [distot.load(folder / f"{label}.run.zarr") for label in (10, 11)]
+    assert [found.reason for found in runs] == ["until_chi2"] * 2
+    assert [round(found.map(np.zeros((5, 3))).mean()) for found in runs] == [10, 11]
+    classes(words)
+    assert capsys.readouterr().out.count("state              until_chi2") == 2
+    certify(str(folder / "10.run.zarr"), 2, None, None)
+    assert "mean: chi2 0." in capsys.readouterr().out
 
 
 def test_code_in_the_readme(tmp_path: Path) -> None:
