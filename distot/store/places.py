@@ -14,7 +14,7 @@ import posixpath
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from datetime import datetime, timedelta
-from functools import cache, partial
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
@@ -282,7 +282,7 @@ def referred(name: str, start: Place) -> Place:
     return start / name
 
 
-@cache
+@lru_cache(maxsize=32)  # a client each, and every checkpoint has a prefix of its own
 def _bucket(scheme: str, root: str, prefix: str = "") -> Any:
     prefix_of = {"s3": "AWS", "gs": "GOOGLE", "az": "AZURE"}[scheme]
     plain = os.environ.get(f"{prefix_of}_ALLOW_HTTP", "").lower() in ("1", "true")  # a server of one's own
