@@ -91,6 +91,9 @@ Seconds = Annotated[
 ]
 Moved = Annotated[Path | None, typer.Option(help="Where the latents are now, if they have moved.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
+Memory = Annotated[
+    float | None, typer.Option(metavar="GIB", help="What latents may take in a process; default: 40 % of what is free.")
+]
 Workers = Annotated[int | None, typer.Option(min=1, help="Run on that many Ray workers; default: in this process.")]
 Replicas = Annotated[int, typer.Option(min=1, help="Workers that hold the same latents and share the samples.")]
 RayAddress = Annotated[
@@ -185,6 +188,7 @@ def solve(
         int | None,
         typer.Option(parser=parse_count, metavar="COUNT", help="Samples of the certificate; default 10 per latent."),
     ] = None,
+    memory: Memory = None,
     workers: Workers = None,
     replicas: Replicas = 1,
     ray: RayAddress = None,
@@ -212,6 +216,7 @@ def solve(
         run=run,
         checkpoint_seconds=checkpoint_seconds,
         certificate_samples=certificate_samples,
+        memory=memory,
         workers=workers,
         replicas=replicas,
         ray=ray,
@@ -231,6 +236,7 @@ def resume(
     max_seconds: Seconds = None,
     latents: Moved = None,
     device: Device = None,
+    memory: Memory = None,
     workers: Workers = None,
     replicas: Replicas = 1,
     ray: RayAddress = None,
@@ -249,6 +255,7 @@ def resume(
         max_samples=max_samples,
         max_seconds=max_seconds,
         device=device,
+        memory=memory,
         workers=workers,
         replicas=replicas,
         ray=ray,

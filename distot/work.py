@@ -23,6 +23,7 @@ from torch import Tensor
 
 from distot import assign, descent, optim, solver, start
 from distot.assign import Assigner
+from distot.atoms import ROWS, Rows
 from distot.certify import Certificate
 from distot.errors import DistotWarning, InputError, StoreError
 from distot.grid import Grid
@@ -33,7 +34,7 @@ from distot.solution import Facts, Held, Interrupted, Solution, describe
 from distot.solver import Progress
 from distot.source import Source, from_spec
 from distot.store import Dropped, Latents, Run, explained, need_space, open_latents
-from distot.target import ROWS, Cache, Rows
+from distot.target import Cache
 from distot.watch import Event, Watch, signals
 
 Listen = Callable[[Event], None]
@@ -82,7 +83,7 @@ def solve(
     if isinstance(source, Path) or (isinstance(source, str) and source.endswith(".zarr")):
         source = open_latents(source)[:]
     problem = _problem(rows, source, mass, options, room)
-    warm = None if init is None else _init(init, problem, options.assigner, room)
+    warm = None if init is None else _init(init, problem, options, room)
     case = Case(problem, assign.over(problem, options.assigner, options.recall), options, rows, mass, warm)
     if run is None:
         return _drive(case, None, (), room)
@@ -233,11 +234,14 @@ def _drive(case: Case, progress: Progress | None, remarks: tuple[str, ...], room
                 source=problem.source.kind,
                 assigner=assigner.name,
                 device=str(problem.target.atoms.device),
+                kept=problem.target.atoms.kept,
                 grid=list(problem.grid.shape),
                 step=0 if progress is None else progress.state.step,
                 samples=0 if progress is None else progress.state.samples,
                 goal=options.until_chi2,
             )
+            if why := problem.target.atoms.why:
+                watch.tell("note", text=why)
             for note in problem.target.notes + remarks:
                 watch.tell("note", text=note)
                 warnings.warn(note, DistotWarning, stacklevel=room.level)
@@ -317,16 +321,16 @@ def _create(case: Case, path: Path, copies: bool) -> None:
     Run.create(path, config, arrays, (case.rows, None) if copies else None)
 
 
-def _init(init: object, problem: Problem, assigner: str, room: Room) -> NDArray[Any]:
+def _init(init: object, problem: Problem, options: Options, room: Room) -> NDArray[Any]:
     """Heights of own atoms in the frame for a warm start. Raises InputError for another shape, or not finite ones."""
     target = problem.target
     if isinstance(init, str | Path):
-        init = load(Path(init), None, None, {}, replace(room, cache={}))
+        init = load(Path(init), None, None, {"memory": options.memory}, replace(room, cache={}))
     if isinstance(init, Solution):
         held = init.held
         if held.problem.target.dim != target.dim:
             raise InputError(f"init was solved in dimension {held.problem.target.dim}, the latents have {target.dim}")
-        return start.transfer(problem, held.problem, held.progress.state.average, assigner).cpu().numpy()
+        return start.transfer(problem, held.problem, held.progress.state.average, options.assigner).cpu().numpy()
     heights = np.asarray(init, dtype=np.float64)
     if heights.shape != (target.latents,):
         raise InputError(
@@ -347,7 +351,7 @@ def _checkpoint_bytes(problem: Problem) -> int:
 def _problem(rows: Rows, source: object, mass: Any, options: Options, room: Room) -> Problem:
     if mass is None and isinstance(rows, Latents):
         mass = rows.mass
-    problem = build_problem(rows, source, mass, options.seed, options.device, room.grid, room.cache)
+    problem = build_problem(rows, source, mass, options.seed, options.device, room.grid, room.cache, options.memory)
     if isinstance(rows, Latents) and rows.fingerprint not in (None, problem.target.fingerprint):
         raise StoreError(f"{rows.path} has changed since it was written (its fingerprint differs); ingest it again")
     return problem
