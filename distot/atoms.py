@@ -21,7 +21,7 @@ from distot.power import Frame
 
 ROWS = 65536
 """Rows handled at a time, at most; part of the definition of a fingerprint."""
-TILE = 1 << 21  # numbers of a tile of atoms: 8 MiB of float32
+TILE = 1 << 20  # numbers of a tile of atoms: 4 MiB of float32
 FRAMED = 1 << 17  # numbers framed at a time, which stay in cache
 SHARE = 0.4  # of the memory that is available may go into latents; some assigners keep them twice
 GATHERED = 64 << 20  # bytes of rows that may be picked out at once, if no more are allowed
@@ -201,6 +201,17 @@ Atoms = Whole | Framed
 
 def as_atoms(atoms: Tensor | Atoms) -> Atoms:
     return Whole(atoms) if isinstance(atoms, Tensor) else atoms
+
+
+def each_row(atoms: Atoms, value: Callable[[Tensor], Tensor], dtype: torch.dtype = torch.float64) -> Tensor:
+    """A value of every atom (n,), from a function of tiles.
+
+    They are put where they belong one by one: small results left between large ones that go would hold the heap open.
+    """
+    out = torch.empty(len(atoms), dtype=dtype, device=atoms.device)
+    for first, tile in atoms.tiles():
+        out[first : first + len(tile)] = value(tile)
+    return out
 
 
 def into_frame(raw: NDArray[np.generic], frame: Frame, out: NDArray[np.float32]) -> None:

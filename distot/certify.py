@@ -22,7 +22,6 @@ from distot.power import Array
 from distot.problem import Problem
 from distot.source import Stream
 
-
 PICKED = 1 << 25  # numbers of winning atoms that are picked out at once
 
 

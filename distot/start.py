@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distot import assign, descent, optim, schedule, tree
 from distot.assign import Assigner, Winners
-from distot.atoms import Atoms, as_atoms, tile_rows
+from distot.atoms import Atoms, as_atoms, each_row, tile_rows
 from distot.entropic import Soft
 from distot.grid import Grid, Split
 from distot.orbit import Orbits, points
@@ -46,7 +46,7 @@ class Normal:
     def heights(self, y: Tensor | Atoms) -> Tensor:
         """Heights (n,) of points (n, d), with B^-1 = R (R S R)^-½ R and R = S0^½."""
         mean = torch.as_tensor(self.mean, device=y.device)
-        return torch.cat([-0.5 * self.length(tile.double() - mean) for _, tile in as_atoms(y).tiles()])
+        return each_row(as_atoms(y), lambda tile: -0.5 * self.length(tile.double() - mean))
 
     def inverse(self, y: Tensor) -> Tensor:
         """Where the map takes y (n, d) from, (n, d) float64."""
@@ -108,8 +108,8 @@ def transfer(problem: Problem, old: Problem, heights: Tensor, assigner: str) -> 
 
     atoms = target.atoms.moved(lambda tile: (user(tile) / scale).float()).to(problem.target.atoms.device)
     raw = old.frame.unit * heights.cpu() - torch.from_numpy(target.tilt)
-    tilt = torch.cat([user(tile) @ torch.from_numpy(frame.source_centre) for _, tile in target.atoms.tiles()])
-    begun = ((raw + tilt) / frame.unit).to(atoms.device)
+    tilt = each_row(target.atoms, lambda tile: user(tile) @ torch.from_numpy(frame.source_centre))
+    begun = ((raw + tilt.cpu()) / frame.unit).to(atoms.device)
     coarse = replace(problem, target=problem.target.replaced(atoms, target.mass, target.split))
     search = assign.over(coarse, assigner)
     guess = normal(problem)
@@ -119,7 +119,7 @@ def transfer(problem: Problem, old: Problem, heights: Tensor, assigner: str) -> 
         for _, x, near in group:
             won.add(x, near)
     centres = won.centres(guess)
-    half = torch.cat([-0.5 * tile.double().square().sum(dim=1) for _, tile in atoms.tiles()])
+    half = each_row(atoms, lambda tile: -0.5 * tile.double().square().sum(dim=1))
     axis, own, rows_each, out = problem.grid.target, problem.target.atoms, tile_rows(target.dim), []
     for number in range(-(-max(axis.objects(len(own))) // rows_each)):
         mine = own[number * rows_each : (number + 1) * rows_each]

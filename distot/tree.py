@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distot import assign
-from distot.atoms import Atoms, Whole, as_atoms, blocks
+from distot.atoms import Atoms, Whole, as_atoms, blocks, each_row
 from distot.grid import Grid, Split
 from distot.power import Array
 from distot.target import Target
@@ -150,8 +150,8 @@ def _sampled(
 def _nearest(target: Target, grid: Grid, centroids: Tensor) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The nearest centroid of each own atom, and how many atoms each centroid has in all."""
     search, half = assign.plain(centroids), -0.5 * centroids.double().square().sum(dim=1)
-    own = [search(tile, half, k=1).index[:, 0] for _, tile in target.atoms.tiles()]
-    top = grid.sample.first(torch.cat([torch.empty(0, dtype=torch.int64, device=half.device), *own])).cpu()
+    own = each_row(target.atoms, lambda tile: search(tile, half, k=1).index[:, 0], torch.int64)
+    top = grid.sample.first(own).cpu()
     counts = torch.bincount(top, minlength=len(centroids))
     return top.numpy(), grid.target.sum(counts).numpy()
 
@@ -161,8 +161,8 @@ def _lend(
 ) -> tuple[Atoms, Array, NDArray[np.int64], Callable[[Tensor], Tensor]]:
     """Atoms, masses and top nodes of the leaves: whole top nodes go to one process, about as many atoms to each.
 
-    The leaves of a node are in the order of all atoms, whatever the number of processes. Atoms that are not in memory
-    as float32 are not sent: whoever needs them reads them where they came from, and has all leaves in that order.
+    Leaves are in the order of all atoms. Atoms that are not in memory as float32 are not sent: whoever needs them reads
+    them where they came from.
     """
     axis = target.split.axis
     if axis.size == 1:
@@ -175,22 +175,17 @@ def _lend(
         return axis.exchange(torch.tensor_split(values[there.to(values.device)], ends))
 
     nodes, mass = sent(torch.from_numpy(top)), sent(torch.from_numpy(target.mass))
-    node = torch.cat(nodes)
     if isinstance(target.atoms, Whole):
-        order = node.argsort(stable=True)
-        leaves: Atoms = Whole(torch.cat(sent(target.atoms.whole))[order.to(target.atoms.device)])
+        leaves: Atoms = Whole(torch.cat(sent(target.atoms.whole)))
     else:
-        order = torch.arange(len(node))
         leaves = target.atoms.elsewhere(torch.cat(sent(torch.from_numpy(target.original))).numpy())
     edges = np.cumsum([len(part) for part in nodes])[:-1].tolist()
 
     def home(values: Tensor) -> Tensor:
-        place = order.to(values.device)
-        arrived = torch.empty_like(values).index_copy_(0, place, values)
-        back = torch.cat(axis.exchange(torch.tensor_split(arrived, edges)))
+        back = torch.cat(axis.exchange(torch.tensor_split(values, edges)))
         return torch.empty_like(back).index_copy_(0, there.to(values.device), back)
 
-    return leaves, torch.cat(mass)[order].numpy(), node[order].numpy(), home
+    return leaves, torch.cat(mass).numpy(), torch.cat(nodes).numpy(), home
 
 
 def _below(
