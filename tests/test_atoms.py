@@ -75,7 +75,7 @@ def store(path: Path, dtype: str, rows: NDArray[Any] | None = None, mass: bool =
 
 def solve(latents: object, memory: float | None, **options: Any) -> tuple[Solution, list[dict[str, Any]]]:
     events: list[dict[str, Any]] = []
-    given = {"until_chi2": None, "max_samples": 8 * N, "certificate_samples": 1500} | options
+    given = {"until_chi2": None, "max_samples": 3 * N, "certificate_samples": 1500} | options
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DistotWarning)  # of merged duplicates and masses of zero
         found = distot.solve(latents, memory=memory, progress=False, on_event=events.append, **given)  # type: ignore[arg-type]
@@ -98,7 +98,7 @@ KINDS = [
     ("float64", ROOM, "disk"),
 ]
 PLAIN: dict[str, Any] = {"source": np.random.default_rng(3).standard_normal((5000, D))}
-SOFT: dict[str, Any] = {"epsilon": 0.5, "top_k": 70, "max_samples": 3 * N}  # more winners than a tile has atoms
+SOFT: dict[str, Any] = {"epsilon": 0.5, "top_k": 70, "max_samples": 2 * N}  # more winners than a tile has atoms
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -130,7 +130,7 @@ def test_heights_and_certificate_are_the_same_bit_for_bit(
 
 
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize("dtype", ["float16", "float32", "int16", ">f4"])
+@pytest.mark.parametrize("dtype", ["float16", "int16", ">f4"])
 def test_an_array_in_memory_is_not_copied_where_there_is_no_room(dtype: str) -> None:
     y = (100 * rows_of("float64")).astype(dtype)
     (whole, _), (other, events) = solve(y, None), solve(y, TINY)
@@ -138,7 +138,7 @@ def test_an_array_in_memory_is_not_copied_where_there_is_no_room(dtype: str) -> 
     assert np.array_equal(whole.heights, other.heights)
     held = other.problem.target.atoms
     assert isinstance(held, Framed)
-    assert dtype not in ("float16", "float32") or np.shares_memory(held.rows[0:1], y)
+    assert dtype != "float16" or np.shares_memory(held.rows[0:1], y)
 
 
 def test_framing_is_that_of_the_frame() -> None:
@@ -378,7 +378,7 @@ def test_a_shard_damaged_while_it_streams_is_named_and_the_run_is_kept(
         if event["event"] == "step" and event["step"] == 3:
             shard.write_bytes(whole[:1000] + bytes([whole[1000] ^ 1]) + whole[1001:])
 
-    options: dict[str, Any] = {"until_chi2": None, "max_samples": 8000, "memory": TINY, "progress": False}
+    options: dict[str, Any] = {"until_chi2": None, "max_samples": 2500, "memory": TINY, "progress": False}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DistotWarning)
         truth = distot.solve(path, run=tmp_path / "unbroken.zarr", **options)
@@ -428,28 +428,25 @@ def phases(grid: Grid, path: Path, memory: float | None) -> dict[str, Any]:
         "heights": target.split.gather(state.heights).numpy(),
         "transfer": target.split.gather(start.transfer(problem, problem, heights, "native")).numpy(),
         "certificate": list(certify(problem, search, state.heights, 3000).to_dict().values()),
-        "soft": list(certify(problem, search, state.heights, 1000, soft=soft).to_dict().values()),
+        "soft": list(certify(problem, search, state.heights, 300, soft=soft).to_dict().values()),
     }
 
 
-@pytest.mark.parametrize(("memory", "kept"), [(HALVES / 2, "float16"), (TINY, "disk")])
-def test_shares_that_are_not_in_memory_on_a_grid(tmp_path: Path, memory: float, kept: str) -> None:
-    path = store(tmp_path / "z.zarr", "float16", mass=False)
-    whole, other = (on_grid((2, 1), phases, path, limit)[0] for limit in (None, memory))
-    assert (whole.pop("kept"), other.pop("kept")) == ("float32", kept)
-    for name in whole:
-        one, two = (np.array(its[name], dtype=float) for its in (whole, other))
-        assert np.array_equal(one, two, equal_nan=True), name
+def every_kind(grid: Grid, path: Path) -> list[dict[str, Any]]:
+    """The phases with latents in memory as float32, as stored, and on disk; the last as the others wish it."""
+    limits = None, HALVES / 2, (1.0 if grid.target.rank else TINY)
+    return [phases(grid, path, memory) for memory in limits]
 
 
-def disagreeing(grid: Grid, path: Path) -> str:
-    memory = 1.0 if grid.target.rank else TINY
-    return build_problem(open_latents(path), mass=masses(), device="cpu", grid=grid, memory=memory).target.atoms.kept
-
-
-def test_all_processes_keep_their_latents_alike(tmp_path: Path) -> None:
-    """Else some would search more samples at once than others."""
-    assert on_grid((2, 1), disagreeing, store(tmp_path / "z.zarr", "float16", mass=False)) == ["disk", "disk"]
+def test_shares_that_are_not_in_memory_on_a_grid(tmp_path: Path) -> None:
+    """The same bits. All processes keep latents alike, else some would search more samples at once than others."""
+    (whole, *others), second = on_grid((2, 1), every_kind, store(tmp_path / "z.zarr", "float16", mass=False))
+    assert [its["kept"] for its in second] == ["float32", "float16", "disk"]
+    assert [its.pop("kept") for its in (whole, *others)] == ["float32", "float16", "disk"]
+    for other in others:
+        for name in whole:
+            one, two = (np.array(its[name], dtype=float) for its in (whole, other))
+            assert np.array_equal(one, two, equal_nan=True), name
 
 
 # ------------------------------------------------------------------------------------------ memory
@@ -460,7 +457,7 @@ import numpy as np, torch
 import distot
 from distot.store import open_latents
 torch.set_num_threads(1)
-small = np.random.default_rng(0).standard_normal((300, 256)).astype(np.float16)
+small = np.random.default_rng(0).standard_normal((300, 128)).astype(np.float16)
 distot.solve(small, max_samples=100, certificate_samples=100, progress=False)  # all that is loaded late is there now
 
 def status(name):
@@ -468,22 +465,22 @@ def status(name):
 
 open("/proc/self/clear_refs", "w").write("5")  # the peak is counted from here
 before = status("VmRSS")
-distot.solve(sys.argv[1], max_samples=100, certificate_samples=2000, memory=float(sys.argv[2]), progress=False)
+distot.solve(sys.argv[1], max_samples=100, certificate_samples=500, memory=float(sys.argv[2]), progress=False)
 print(status("VmHWM") - before)
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks of memory are Linux's to tell")
 def test_memory_is_what_was_promised(tmp_path: Path) -> None:
-    """Reading, checking, merging, the Gaussian heights and a certificate of 200,000 latents, 205 MB as float32: those
-    in memory as stored take 102 MB and some, those on disk some. What malloc keeps of freed blocks is not counted."""
-    n, d, some = 200_000, 256, 120e6
-    path, environment = tmp_path / "z.zarr", os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    """Reading, checking, merging, the Gaussian heights and a certificate of 300,000 latents, 154 MB as float32: those
+    in memory as stored take 77 MB and some, those on disk some. What malloc keeps of freed blocks is not counted."""
+    n, d, some = 300_000, 128, 90e6
+    path, environment = tmp_path / "z.zarr", os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
     with new_latents(path, (n, d), "float16", "drawn for a test") as writer:
-        for number in range(20):
-            writer.write(np.random.default_rng(number).standard_normal((n // 20, d), dtype=np.float32))
+        for number in range(10):
+            writer.write(np.random.default_rng(number).standard_normal((n // 10, d), dtype=np.float32))
     peaks = {}
-    for kept, memory in (("stored", 0.15), ("disk", 0.01)):
+    for kept, memory in (("stored", 0.1), ("disk", 0.01)):
         command = [sys.executable, "-c", MEASURED, str(path), str(memory)]
         done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
         peaks[kept] = int(done.stdout)
