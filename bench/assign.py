@@ -143,7 +143,7 @@ def of_run(path: str, recall: float) -> None:
     """Rates and recall of the CPU's candidates on the problem of a run."""
     solution = distot.load(path)
     problem, heights = solution.problem, solution.held.progress.state.average
-    atoms, n, d = problem.target.atoms, problem.target.n, problem.target.dim
+    atoms, n, d = problem.target.atoms[:], problem.target.n, problem.target.dim
     x = torch.cat([points(part) for _, part in problem.batch(Stream.CERTIFY, 1, 65_536)])[:65_536]
     few = x[: max(1024, min(len(x), int(EFFORT / (2 * n * d))))]
     native, auto = Native(atoms), Auto(atoms, recall)

@@ -60,7 +60,7 @@ def judge(problem: Problem, heights: Array) -> Certificate:
     """The certificate of user heights (N,), from fresh samples: as many as it takes to know chi2 to 5 %, or 3,200 N."""
     target = problem.target
     inside = torch.from_numpy(problem.frame.heights_in(heights[target.original], target.tilt))
-    assigner = assign.build("auto", target.atoms)
+    assigner = assign.build("auto", target.atoms[:])
     for per_atom in (100, 400, 1600, 3200):
         samples = max(100_000, per_atom * target.n)
         found = certify(problem, assigner, inside - inside.median(), samples, step=1)
@@ -200,7 +200,7 @@ def profile(quick: bool) -> None:
     problem = build_problem(patches(n, 32).astype(np.float64))
     mass = torch.as_tensor(problem.target.mass)
     state = optim.begin(start.normal(problem).heights(problem.target.atoms), 0, problem.target.split)
-    search = Timed(assign.build("auto", problem.target.atoms))
+    search = Timed(assign.build("auto", problem.target.atoms[:]))
     lines = [f"N = {n:,}, d = 32, patches, {search.name} search.", ""]
     lines += ["| step | samples | seconds | outside the search |", "|---|---|---|---|"]
     for step in range(steps):

@@ -39,6 +39,7 @@ def solve(
     recall: float | None = None,
     checkpoint_seconds: float = 60.0,
     certificate_samples: int | None = None,
+    memory: float | None = None,
     workers: int | None = None,
     replicas: int = 1,
     ray: str | None = None,
@@ -61,6 +62,8 @@ def solve(
         shared by its ``top_k`` best latents, and ``certificate.truncation`` says what share that leaves out.
     assigner, recall: how winners are found, see ``distot.assign.build``; with a recall, say 0.97, "auto" or "lists" may
         miss some where that is faster, until late in the run. Certificates are exact always.
+    memory: GiB that latents may take in each process; None is 40 % of what is available. Latents that take more as
+        float32 stay as they are stored, in memory if there is room, else on disk, for the same answer.
     run: a new run folder for checkpoints and the log, from which ``resume`` and ``load`` go on.
     workers, replicas: solves on that many processes, each ``replicas`` of which share the samples over the same
         latents while different ones have different latents; the answer is the same, to rounding. None is this process.
@@ -82,6 +85,7 @@ def solve(
         certificate_samples,
         epsilon,
         top_k,
+        memory,
     )
     given = None if mass is None else np.asarray(mass)
     task = work.Solve(_path(latents), source, given, options, None if run is None else as_place(run), _path(init))
@@ -97,6 +101,7 @@ def resume(
     max_samples: int | None = None,
     max_seconds: float | None = None,
     device: str | None = None,
+    memory: float | None = None,
     workers: int | None = None,
     replicas: int = 1,
     ray: str | None = None,
@@ -108,14 +113,20 @@ def resume(
     workers, replicas, ray: as in ``solve``; they need not be those that the run began with, and then the heights are
     the same to rounding.
 
-    until_chi2, max_samples, max_seconds, device replace the run's own values if given, for good (max_seconds counts
-    anew in every process); infinity takes a limit away. source is needed if the run draws from a user's callable;
-    latents if they have moved.
+    until_chi2, max_samples, max_seconds, device, memory replace the run's own values if given, for good (max_seconds
+    counts anew in every process); infinity takes a limit away. source is needed if the run draws from a user's
+    callable; latents if they have moved.
 
     Raises InputError if the latents are not those of the run or nothing is left to do; StoreError if the run is
     missing, locked or damaged.
     """
-    changes = {"until_chi2": until_chi2, "max_samples": max_samples, "max_seconds": max_seconds, "device": device}
+    changes = {
+        "until_chi2": until_chi2,
+        "max_samples": max_samples,
+        "max_seconds": max_seconds,
+        "device": device,
+        "memory": memory,
+    }
     given = {name: None if value == math.inf else value for name, value in changes.items() if value is not None}
     task = work.Resume(as_place(run), source, _path(latents), given)
     return _do(task, workers, replicas, ray, device, progress, on_event)

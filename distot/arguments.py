@@ -59,6 +59,9 @@ Moved = Annotated[
     Any, typer.Option(parser=as_place, metavar="LATENTS.zarr", help="Where the latents are now, if they have moved.")
 ]
 Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
+Memory = Annotated[
+    float | None, typer.Option(metavar="GIB", help="What latents may take in a process; default: 40 % of what is free.")
+]
 Workers = Annotated[int | None, typer.Option(min=1, help="Run on that many Ray workers; default: in this process.")]
 Replicas = Annotated[int, typer.Option(min=1, help="Workers that hold the same latents and share the samples.")]
 RayAddress = Annotated[

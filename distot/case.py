@@ -18,6 +18,7 @@ from torch import Tensor
 
 from distot import assign, optim, solver
 from distot.assign import Assigner
+from distot.atoms import Rows
 from distot.certify import Certificate
 from distot.errors import InputError, StoreError
 from distot.grid import Grid
@@ -27,7 +28,7 @@ from distot.solution import Facts, Held, Solution, describe
 from distot.solver import Progress
 from distot.source import Source, from_spec
 from distot.store import Dropped, Latents, Place, Run, Url, need_space, open_latents, reference, referred
-from distot.target import Cache, Rows
+from distot.target import Cache
 from distot.watch import Event
 
 Listen = Callable[[Event], None]
@@ -175,7 +176,7 @@ def as_rows(latents: object) -> Rows:
 def _problem(rows: Rows, source: object, mass: Any, options: Options, room: Room) -> Problem:
     if mass is None and isinstance(rows, Latents):
         mass = rows.mass
-    problem = build_problem(rows, source, mass, options.seed, options.device, room.grid, room.cache)
+    problem = build_problem(rows, source, mass, options.seed, options.device, room.grid, room.cache, options.memory)
     if isinstance(rows, Latents) and rows.fingerprint not in (None, problem.target.fingerprint):
         raise StoreError(f"{rows.path} has changed since it was written (its fingerprint differs); ingest it again")
     return problem

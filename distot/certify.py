@@ -5,7 +5,7 @@ Legend: M samples, n atoms. Numbers in brackets are those of docs/math.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distot.assign import Assigner, Winners
+from distot.assign import Assigner, Searched, Winners, searches
 from distot.entropic import Soft, potential, shares
 from distot.grid import Axis
 from distot.masses import LEVEL, Estimate, Masses, upper
@@ -21,7 +21,8 @@ from distot.orbit import points
 from distot.power import Array
 from distot.problem import Problem
 from distot.source import Stream
-from distot.target import blocks
+
+PICKED = 1 << 25  # numbers of winning atoms that are picked out at once
 
 
 @dataclass(frozen=True)
@@ -73,23 +74,38 @@ def cell_masses(
     step: int,
     poll: Callable[[], None],
     each: Callable[[Tensor, Winners, Tensor], None] | None = None,
+    ahead: Callable[[Tensor], None] | None = None,
 ) -> Masses:
     """Masses of the cells, hard or soft, from at least ``samples`` fresh samples, whole orbits.
 
-    ``each`` gets (samples (B, d) in the frame, winners, their shares (B, k)) by portion.
+    ``each`` gets (samples (B, d) in the frame, winners, their shares (B, k)) by portion; before that ``ahead`` gets the
+    indices of the winners of some portions in a row.
     """
     wanted = max(samples, 2 * problem.orbit.size)
     masses = Masses(problem.target.split, problem.orbit.size, wanted)
-    for first, x in problem.batch(stream, step, wanted):
-        poll()
-        with problem.grid.meter.timed("search"):
-            near = assigner(x, heights, k=1 if soft is None else soft.top_k)
-        share = torch.ones_like(near.score, dtype=torch.float64) if soft is None else shares(near, soft.epsilon)
-        masses.add(first, near.index, share)
-        if each is not None:
-            each(points(x), near, share)
+    k = 1 if soft is None else soft.top_k
+    for group in searches(problem, assigner, stream, step, wanted, heights, k, poll):
+        for some in bites(group, PICKED // problem.target.dim):
+            if ahead is not None:
+                ahead(torch.cat([near.index for *_, near in some]))
+            for first, x, near in some:
+                share = torch.ones_like(near.score, dtype=torch.float64) if soft is None else shares(near, soft.epsilon)
+                masses.add(first, near.index, share)
+                if each is not None:
+                    each(points(x), near, share)
     masses.sum(problem.grid.sample)
     return masses
+
+
+def bites(group: list[Searched], winners: int) -> Iterator[list[Searched]]:
+    """A list of portions cut into shorter ones, of so many winners at most where that is more than one portion."""
+    some: list[Searched] = []
+    for portion in group:
+        if some and sum(near.index.numel() for *_, near in [*some, portion]) > winners:
+            yield some
+            some = []
+        some.append(portion)
+    yield some
 
 
 def default_samples(n: int) -> int:
@@ -122,6 +138,11 @@ def certify(
     epsilon = 0.0 if soft is None else soft.epsilon * frame.unit
     entropy = split.axis.total(float(target.mass @ np.log(target.mass)))
     bound, cost, won, plan, left = (Running(size) for _ in range(5))
+    latents_of: Callable[[Tensor], Tensor]
+
+    def ahead(index: Tensor) -> None:
+        nonlocal latents_of
+        latents_of = target.atoms.some(split.place(index).clamp_max(split.count - 1))
 
     def each(x: Tensor, near: Winners, share: Tensor) -> None:
         best = near.score[:, 0].double() if soft is None else potential(problem, x, heights, soft.epsilon)
@@ -130,7 +151,7 @@ def certify(
         own = split.place(near.index)
         paid = share * torch.where(own < split.count, 1.0, 0.0)  # each winner's by the process that owns it
         own = own.clamp_max(split.count - 1)
-        y = frame.target_out(target.atoms[own])
+        y = frame.target_out(latents_of(own))
         moved = (paid * 0.5 * (away[:, None] - y + shift).square().sum(2)).sum(1)
         moved, weight = split.axis.sum(torch.stack([moved, (paid * half[own]).sum(1)]))
         cost.add(moved)
@@ -140,7 +161,7 @@ def certify(
             left.add(1 - ((near.score.double() - best[:, None]) / soft.epsilon).exp().sum(1))
 
     wanted = default_samples(target.n) if samples is None else samples
-    masses = cell_masses(problem, assigner.exact, heights, soft, wanted, Stream.CERTIFY, step, poll, each)
+    masses = cell_masses(problem, assigner.exact, heights, soft, wanted, Stream.CERTIFY, step, poll, each, ahead)
     for running in (bound, cost, won, plan, left):
         running.sum(grid.sample)
     chi2, m = masses.chi2(target.mass), size * bound.count
@@ -174,9 +195,9 @@ def _half_weights(problem: Problem, heights: Tensor) -> Array:
     target, frame = problem.target, problem.frame
     shift = torch.from_numpy(frame.source_centre - frame.target_centre)
     out = frame.unit * heights.double().cpu().numpy()
-    for rows in blocks(len(target.atoms)):
-        away = frame.target_out(target.atoms[rows]).cpu() - shift
-        out[rows] += 0.5 * away.square().sum(1).numpy()
+    for first, tile in target.atoms.tiles():
+        away = frame.target_out(tile).cpu() - shift
+        out[first : first + len(tile)] += 0.5 * away.square().sum(1).numpy()
     return out
 
 

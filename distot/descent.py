@@ -13,6 +13,7 @@ from torch import Tensor
 
 from distot import assign, optim, schedule
 from distot.assign import Assigner, Winners
+from distot.atoms import blocks
 from distot.entropic import Soft
 from distot.optim import State, Tally
 from distot.orbit import Orbits, points
@@ -50,10 +51,8 @@ def advance(
     lifting = soft is None and state.step % LIFT_EVERY == 1 and starves(problem, state, mass)
     kept: list[Kept] = []
     k, temperature = (2, state.smoothing) if soft is None else (soft.top_k, soft.epsilon)
-    for first, x in problem.batch(stream, step, wanted):
-        poll()
-        with grid.meter.timed("search"):
-            near = assigner(x, state.heights, k)
+    found = assign.searches(problem, assigner, stream, step, wanted, state.heights, k, poll)
+    for first, x, near in (portion for group in found for portion in group):
         if each is not None:
             each(x, near)
         counted = optim.count(near, temperature, split, optim.chosen(first, batch, split))
@@ -94,18 +93,21 @@ def lift(problem: Problem, state: State, hungry: Tensor, kept: list[Kept], work:
 
     Half the way, again and again, does not pass the height of one win in B, which is too much where B < n.
     """
-    grid, atoms = problem.grid, problem.target.atoms[hungry]
+    grid, atoms = problem.grid, problem.target.atoms
     starving = grid.target.total(len(hungry))
     if not starving:
         return state
     samples = grid.sample.total(sum(len(x) for _, x, _ in kept))
     stride = max(1, math.ceil(samples * starving / (work * problem.target.n)))
     reach = torch.full((len(hungry),), -torch.inf, dtype=torch.float64, device=atoms.device)
-    for first, x, potential in kept:
-        some = every(first, stride)
-        if len(x[some]) and len(hungry):
-            search = assign.plain(x[some].contiguous())
-            reach = torch.maximum(reach, search(atoms, -potential[some], k=1).score[:, 0].double())
+    for rows in blocks(len(hungry), problem.target.dim):
+        tile = atoms[hungry[rows]]
+        for first, x, potential in kept:
+            some = every(first, stride)
+            if len(x[some]):
+                search = assign.plain(x[some].contiguous())
+                best = search(tile, -potential[some], k=1).score[:, 0].double()
+                reach[rows] = torch.maximum(reach[rows], best)
     reach = grid.sample.max(reach)
     heights = state.heights.index_add(0, hungry, 0.5 * (-reach - state.heights[hungry]).clamp_min(0))
     return optim.lifted(state, heights, round(samples / stride * starving / problem.target.n))

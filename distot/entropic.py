@@ -33,7 +33,10 @@ def shares(near: Winners, epsilon: float) -> Tensor:
 def potential(problem: Problem, x: Tensor, heights: Tensor, epsilon: float) -> Tensor:
     """epsilon log sum_i exp((<x, y_i> + h_i) / epsilon) over all n atoms, (B,) float64; heights: of own ones."""
     axis = problem.grid.target
-    own = _potential(problem.target.atoms, x, heights, epsilon)
+    own = torch.full((len(x),), -torch.inf, dtype=torch.float64, device=heights.device)
+    for first, tile in problem.target.atoms.tiles():
+        its = _potential(tile, x, heights[first : first + len(tile)], epsilon)
+        own = its if first == 0 else epsilon * torch.logaddexp(own / epsilon, its / epsilon)
     if axis.size == 1:
         return own
     most = axis.max(own)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,15 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distot.atoms import SHARE, Rows, available
 from distot.errors import InputError
 from distot.grid import Grid
 from distot.orbit import Orbit, Orbits
 from distot.power import Array, Frame
 from distot.source import BLOCK, Key, Source, Stream, as_source
-from distot.target import Cache, Rows, Target, build_target, check_rows
+from distot.target import Cache, Target, build_target, check_rows
 
 SEARCH_FLOPS = {"cpu": 5e10, "cuda": 2e13}  # of a portion of samples, so that a signal need not wait for long
 SEARCH_NUMBERS = 1 << 21  # in a portion
+READING = 2048  # plain samples that are worth a pass over atoms which must be read and framed: 4,096 flops a number
+TURNING = 20  # and for each dimension so many, where the atoms are turned anew for the orbits' blocks
+TOGETHER = 1 << 26  # numbers of all samples in one such pass, an orbit counted as its draw; and of their winners
 BLOCKS, BLOCK_LEAST = 16, 64  # a step has so many blocks, for columns of a grid to share, if they have so many samples
 
 
@@ -45,7 +50,7 @@ class Problem:
         return (see(place(axes)) - see(place(torch.zeros_like(axes)))).to(self.target.atoms.device)
 
     def batch(self, stream: Stream, step: int, samples: int) -> Iterator[tuple[int, Tensor | Orbits]]:
-        """At least ``samples`` samples of one step, whole orbits, float32 in the frame, in portions for a search each.
+        """At least ``samples`` samples of one step, whole orbits, float32 in the frame, in portions.
 
         Yields (first, portion): the place of its first sample in the step. On a grid every process gets those of its
         sample column, as many portions as any other, some of them perhaps empty.
@@ -53,27 +58,40 @@ class Problem:
         Each has the law of the source, but those of an orbit depend on each other. For CHECK and CERTIFY, where pairs
         of orbits are compared, orbits come in parts with axes of their own.
         """
+        return (portion for group in self.groups(stream, step, samples) for portion in group)
+
+    def groups(
+        self, stream: Stream, step: int, samples: int, k: int | None = None
+    ) -> Iterator[list[tuple[int, Tensor | Orbits]]]:
+        """The portions of ``batch`` in lists of those that are best searched together, for k winners; None: each alone.
+
+        Sums are made portion by portion, so that they do not depend on how many are searched at once.
+        """
         axis, size = self.grid.sample, self.orbit.size
         draws = self.draws(samples)
         parts = self.orbit.parts(draws) if stream in (Stream.CHECK, Stream.CERTIFY) else 1
         block = max(-(-BLOCK_LEAST // size), min(BLOCK // size, -(-draws // (parts * BLOCKS))))
         blocks = list(self.keys(stream, step, draws, block))
         width = self._portion(block * size)
+        together = 1 if k is None else self._together(width * block * size, k)
         for part in range(parts):
             basis = self.basis if part == 0 else self.turned(part)
             its = blocks[len(blocks) * part // parts : len(blocks) * (part + 1) // parts]
             own = its[len(its) * axis.rank // axis.size : len(its) * (axis.rank + 1) // axis.size]
-            for first in range(0, -(-len(its) // axis.size), width):
-                portion = own[first : first + width]
-                z = torch.cat(
-                    [torch.empty(0, self.source.dim, dtype=torch.float64)]
-                    + [self.source.centred(key, count) for key, count in portion]
-                )
-                begin = portion[0][0].first * size if portion else 0
-                if basis is None:
-                    yield begin, self.frame.source_in(self.source.place(z)).to(self.target.atoms.device)
-                else:
-                    yield begin, self.orbit.of(z, basis)
+            firsts = range(0, -(-len(its) // axis.size), width)
+            for number in range(0, len(firsts), together):
+                yield [self._drawn(own[first : first + width], basis) for first in firsts[number : number + together]]
+
+    def _drawn(self, portion: list[tuple[Key, int]], basis: Tensor | None) -> tuple[int, Tensor | Orbits]:
+        """The samples of these blocks, after the number of the first."""
+        z = torch.cat(
+            [torch.empty(0, self.source.dim, dtype=torch.float64)]
+            + [self.source.centred(key, count) for key, count in portion]
+        )
+        first = portion[0][0].first * self.orbit.size if portion else 0
+        if basis is None:
+            return first, self.frame.source_in(self.source.place(z)).to(self.target.atoms.device)
+        return first, self.orbit.of(z, basis)
 
     def draws(self, samples: int) -> int:
         """Independent draws of the source that make up at least so many samples."""
@@ -85,6 +103,14 @@ class Problem:
         flops = SEARCH_FLOPS[self.target.atoms.device.type]
         return max(1, int(min(flops / (2 * n * d), SEARCH_NUMBERS / d)) // block)
 
+    def _together(self, portion: int, k: int) -> int:
+        """How many portions of so many samples go to one search: more than one where a pass over the atoms is dear."""
+        if self.target.atoms.whole is not None:
+            return 1
+        d, size = self.target.dim, self.orbit.size
+        worth = (READING + (size > 1) * TURNING * d) / self.orbit.work
+        return max(1, int(min(worth, TOGETHER * size / d, TOGETHER / (4 * k)) / portion))
+
 
 def build_problem(
     latents: Rows,
@@ -94,20 +120,32 @@ def build_problem(
     device: str = "auto",
     grid: Grid | None = None,
     cache: Cache | None = None,
+    memory: float | None = None,
 ) -> Problem:
     """Checks source, latents and masses (N,) against each other and brings them into one frame.
 
-    On a grid every process reads its share of the latents alone; ``cache`` keeps what it has read.
+    On a grid every process reads its share of the latents alone; ``cache`` keeps what it has read. memory: GiB that
+    latents may take in each process; None is a share of what is available.
     Raises InputError as ``as_source`` and ``build_target`` do.
     """
     where, grid = resolve_device(device), grid or Grid()
     check_rows(latents)
     found = as_source(source, latents.shape[1])
     mean, cov = found.moments(seed)
-    target, frame = build_target(latents, mass, (mean, cov), grid, {} if cache is None else cache)
+    room = _room(where, grid, memory)
+    target, frame = build_target(latents, mass, (mean, cov), grid, {} if cache is None else cache, room)
     target = replace(target, atoms=target.atoms.to(where))
     problem = Problem(found, target, frame, cov, seed, Orbit(found.dim, found.symmetry, seed), None, grid)
     return problem if problem.orbit.size == 1 else replace(problem, basis=problem.turned(0))
+
+
+def _room(device: torch.device, grid: Grid, memory: float | None) -> tuple[float, float]:
+    """Bytes that latents of a process may take: on the device of the search, and in the memory of the machine."""
+    if memory is not None:
+        return memory * 2**30, memory * 2**30
+    hosts = grid.world.objects(socket.gethostname())
+    share = SHARE / hosts.count(socket.gethostname())
+    return share * available(device), share * available(torch.device("cpu"))
 
 
 def resolve_device(device: str) -> torch.device:

@@ -16,7 +16,7 @@ from distot.errors import InputError
 from distot.masses import LEVEL, Estimate, upper
 
 MOST_WARM = 100  # samples per atom that a warm start is taken to be worth at most
-POSITIVE = ("until_chi2", "max_samples", "max_seconds", "certificate_samples", "epsilon")
+POSITIVE = ("until_chi2", "max_samples", "max_seconds", "certificate_samples", "epsilon", "memory")
 BATCH_SHARE, BATCH_LEAST = 5, 32  # the first steps draw n / (5 work^½) samples of this work each, at least 32
 BATCH_GROWTH = 8  # a step t first batches into the run draws max(1, t^½ / 8) first batches
 
@@ -36,6 +36,7 @@ class Options:
     certificate_samples: int | None = None  # None: see certify.default_samples
     epsilon: float | None = None  # temperature of the entropic problem, in units of the cost ½|x - y|²; None: plain OT
     top_k: int = 32  # winners of a sample that share it at that temperature
+    memory: float | None = None  # GiB that latents may take in each process; None: a share of what is available
 
     def __post_init__(self) -> None:
         positive = {k: getattr(self, k) for k in POSITIVE}

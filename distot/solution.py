@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from distot.assign import Assigner
+from distot.atoms import Rows
 from distot.certify import Certificate, certify
 from distot.errors import InputError
 from distot.grid import Axis
@@ -24,7 +25,6 @@ from distot.schedule import Check, Options
 from distot.solver import Progress, entropic_part
 from distot.source import BLOCK
 from distot.store import Latents, Place, Run
-from distot.target import Rows
 
 REASONS = {
     "until_chi2": "the goal was reached: chi2 is below {until_chi2} with 95 % confidence",

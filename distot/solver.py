@@ -20,6 +20,7 @@ from distot import descent, optim, schedule, start, tree
 from distot.assign import Assigner
 from distot.certify import Certificate, cell_masses, certify, default_samples
 from distot.entropic import Soft
+from distot.errors import StoreError
 from distot.grid import Axis
 from distot.optim import State
 from distot.problem import Problem
@@ -127,7 +128,10 @@ def begin(
 
 
 def iterate(problem: Problem, assigner: Assigner, options: Options, watch: Watch, progress: Progress) -> Progress:
-    """Steps until the goal, the budget or a signal; the reason is in the result. Checkpoints on the way."""
+    """Steps until the goal, the budget or a signal; the reason is in the result. Checkpoints on the way.
+
+    Raises StoreError if latents cannot be read any more; what one process has computed alone is saved before.
+    """
     n, device, work = problem.target.n, problem.target.atoms.device, problem.orbit.work
     mass = torch.as_tensor(problem.target.mass, device=device)
     rule, soft = StopRule(n, options.until_chi2, work), entropic_part(problem, options)
@@ -171,6 +175,10 @@ def iterate(problem: Problem, assigner: Assigner, options: Options, watch: Watch
                     watch.save(state.step, progress.part(problem), progress.scalars())
     except Stop as stop:
         return replace(progress, reason=stop.reason)
+    except StoreError:  # latents that are read as they are needed cannot be any more
+        if problem.grid.world.size == 1:  # else the others are not here to write their parts
+            watch.save(progress.state.step, progress.part(problem), progress.scalars())
+        raise
 
 
 def late(options: Options, history: tuple[Check, ...]) -> bool:

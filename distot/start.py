@@ -14,13 +14,13 @@ from torch import Tensor
 
 from distot import assign, descent, optim, schedule, tree
 from distot.assign import Assigner, Winners
+from distot.atoms import Atoms, as_atoms, each_row, tile_rows
 from distot.entropic import Soft
 from distot.grid import Grid, Split
 from distot.orbit import Orbits, points
 from distot.power import Array
 from distot.problem import Problem
 from distot.source import Stream
-from distot.target import ROWS, blocks
 from distot.tree import Level
 
 CLAMP = 1e-12  # smallest eigenvalue of S0^½ S S0^½, relative to the largest
@@ -43,10 +43,10 @@ class Normal:
         """yᵀ B^-1 y of vectors (n, d) -> (n,) float64."""
         return (y.double() @ torch.as_tensor(self.whiten, device=y.device)).square().sum(dim=1)
 
-    def heights(self, y: Tensor) -> Tensor:
+    def heights(self, y: Tensor | Atoms) -> Tensor:
         """Heights (n,) of points (n, d), with B^-1 = R (R S R)^-½ R and R = S0^½."""
         mean = torch.as_tensor(self.mean, device=y.device)
-        return torch.cat([-0.5 * self.length(y[rows].double() - mean) for rows in blocks(len(y))])
+        return each_row(as_atoms(y), lambda tile: -0.5 * self.length(tile.double() - mean))
 
     def inverse(self, y: Tensor) -> Tensor:
         """Where the map takes y (n, d) from, (n, d) float64."""
@@ -81,7 +81,7 @@ def multilevel(problem: Problem, assigner: str, poll: Callable[[], None]) -> tup
     levels, samples = grown.levels, float(tree.work(problem.target.n))
     if not levels:
         return guess.heights(problem.target.atoms), 0
-    heights = guess.heights(levels[0].atoms)
+    heights, assigner = guess.heights(levels[0].atoms), assign.feasible(problem, assigner)
     for number, level in enumerate(levels):
         finer = levels[number + 1].atoms if number + 1 < len(levels) else grown.leaves
         coarse = replace(problem, target=problem.target.replaced(level.atoms, level.mass, level.split))
@@ -101,26 +101,44 @@ def transfer(problem: Problem, old: Problem, heights: Tensor, assigner: str) -> 
     """
     frame, target = problem.frame, old.target
     offset = torch.from_numpy(old.frame.target_centre - frame.target_centre)
-    user = old.frame.target_out(target.atoms.cpu()) + offset  # relative to the new centre
-    atoms = (user / frame.target_scale).float().to(problem.target.atoms.device)
+    scale = torch.tensor(frame.target_scale, dtype=torch.float64)
+
+    def user(old_atoms: Tensor) -> Tensor:  # relative to the new centre
+        return old.frame.target_out(old_atoms.cpu()) + offset
+
+    atoms = target.atoms.moved(lambda tile: (user(tile) / scale).float()).to(problem.target.atoms.device)
     raw = old.frame.unit * heights.cpu() - torch.from_numpy(target.tilt)
-    begun = ((raw + user @ torch.from_numpy(frame.source_centre)) / frame.unit).to(atoms.device)
+    tilt = each_row(target.atoms, lambda tile: user(tile) @ torch.from_numpy(frame.source_centre))
+    begun = ((raw + tilt.cpu()) / frame.unit).to(atoms.device)
     coarse = replace(problem, target=problem.target.replaced(atoms, target.mass, target.split))
     search = assign.over(coarse, assigner)
     guess = normal(problem)
     won = Won(coarse)
-    for _, x in coarse.batch(Stream.START, STEPS - 1, max(CENTRE_LEAST, CENTRE_SAMPLES * target.n)):
-        won.add(x, search(x, begun, k=1))
-    centres, half = won.centres(guess), -0.5 * atoms.double().square().sum(dim=1)
-    axis, own, out = problem.grid.target, problem.target.atoms, []
-    for number in range(-(-max(axis.objects(len(own))) // ROWS)):
-        mine = own[number * ROWS : (number + 1) * ROWS]
+    count = max(CENTRE_LEAST, CENTRE_SAMPLES * target.n)
+    for group in assign.searches(coarse, search, Stream.START, STEPS - 1, count, begun, 1, lambda: None):
+        for _, x, near in group:
+            won.add(x, near)
+    centres = won.centres(guess)
+    half = each_row(atoms, lambda tile: -0.5 * tile.double().square().sum(dim=1))
+    axis, own, rows_each, out = problem.grid.target, problem.target.atoms, tile_rows(target.dim), []
+    for number in range(-(-max(axis.objects(len(own))) // rows_each)):
+        mine = own[number * rows_each : (number + 1) * rows_each]
         lengths = axis.objects(len(mine))
         rows = axis.gather(mine, lengths)  # all search for those of each
         node = search(rows, half, k=1).index[:, 0]
-        near = [target.split.pick(values, node) for values in (begun, centres, atoms)]
-        out.append(Split(tuple(lengths), axis).own(_continued(near[0], near[1], near[2], rows, guess)))
+        begins, centre = (target.split.pick(values, node) for values in (begun, centres))
+        continued = _continued(begins, centre, _picked(atoms, target.split, node), rows, guess)
+        out.append(Split(tuple(lengths), axis).own(continued))
     return torch.cat(out)
+
+
+def _picked(atoms: Atoms, split: Split, index: Tensor) -> Tensor:
+    """Any of all atoms (m, d), everywhere, from own ones; as ``Split.pick`` for those in memory."""
+    place = split.place(index)
+    own = place < split.count
+    found = torch.zeros(len(index), atoms.shape[1], device=atoms.device)
+    found[own] = atoms[place[own]]
+    return split.axis.sum(found)
 
 
 def probe(
@@ -131,21 +149,22 @@ def probe(
     grid, split = problem.grid, problem.target.split
     hits = torch.zeros_like(heights)
     k, epsilon = (2, 0.0) if soft is None else (soft.top_k, soft.epsilon)
-    for _, x in problem.batch(Stream.START, 0, PROBE * n):
-        poll()
-        hits += optim.count(assigner(x, heights, k), epsilon, split).sums[0]
+    for group in assign.searches(problem, assigner, Stream.START, 0, PROBE * n, heights, k, poll):
+        for *_, near in group:
+            hits += optim.count(near, epsilon, split).sums[0]
     hits = grid.sample.sum(hits)
     mass = torch.as_tensor(problem.target.mass, device=heights.device)
     plain = float(split.axis.sum(((hits / samples - mass) ** 2 / mass).sum())) - n / samples
     return max(plain, 0.0) + (2 * n) ** 0.5 / samples, round(samples * problem.orbit.work)
 
 
-def prolong(heights: Tensor, centres: Tensor, level: Level, finer: Tensor, guess: Normal) -> Tensor:
+def prolong(heights: Tensor, centres: Tensor, level: Level, finer: Tensor | Atoms, guess: Normal) -> Tensor:
     """Heights of finer atoms, to second order about their node; math (13)."""
     out = torch.empty(len(finer), dtype=torch.float64, device=finer.device)
-    for rows in blocks(len(finer)):
+    for first, tile in as_atoms(finer).tiles():
+        rows = slice(first, first + len(tile))
         node = level.node[rows]
-        out[rows] = _continued(heights[node], centres[node], level.atoms[node], finer[rows], guess)
+        out[rows] = _continued(heights[node], centres[node], level.atoms[node], tile, guess)
     return out
 
 
@@ -191,6 +210,11 @@ class Won:
         self.sums.index_add_(0, self.problem.target.split.place(near.index[:, 0]), values.double())
 
     def centres(self, guess: Normal) -> Tensor:
-        """Mean sample (K, d) of each cell; an empty cell gets the point that ``guess`` maps to its atom."""
+        """Mean sample (K, d) of each cell; an empty cell gets the point that ``guess`` maps to its atom. They take the
+        place of the sums, which are large."""
         total, count = self.problem.grid.sample.sum(self.sums[:-1]).tensor_split([-1], dim=1)
-        return torch.where(count > 0, total / count.clamp_min(1), guess.inverse(self.problem.target.atoms))
+        for first, tile in self.problem.target.atoms.tiles():
+            rows = slice(first, first + len(tile))
+            mean = total[rows] / count[rows].clamp_min(1)
+            total[rows] = torch.where(count[rows] > 0, mean, guess.inverse(tile))
+        return total

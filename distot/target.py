@@ -7,22 +7,22 @@ the latents and owns their atoms: "own" counts those alone. Of equal latents the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from distot.atoms import ROWS, Atoms, Framed, Reader, Rows, Stored, Whole, as_atoms, blocks, into_frame, tile_rows
 from distot.errors import InputError
 from distot.grid import Axis, Grid, Split
 from distot.power import Array, Frame
 
-ROWS = 65536
-"""Rows handled at a time; part of the definition of a fingerprint."""
 SURVEYED = 16384  # rows of which the centre is the median
+CANDIDATES = 1 << 26  # numbers of rows that are compared at once
 UNEVEN = 8  # pieces of a store are kept whole where this many go to a share
 
 
@@ -67,23 +67,11 @@ def combined(shape: tuple[int, ...], dtype: np.dtype[Any], digests: list[bytes])
     return total.hexdigest()
 
 
-class Rows(Protocol):
-    """Latents that can be read by row range: an array in memory or a store."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def dtype(self) -> np.dtype[Any]: ...
-
-    def __getitem__(self, rows: slice) -> NDArray[Any]: ...
-
-
 @dataclass(frozen=True)
 class Target:
     """Distinct atoms of positive mass, numbered from 0 to n - 1 over all shares. Heights live in the solver's state."""
 
-    atoms: Tensor  # (own, d) float32, in the frame
+    atoms: Atoms  # (own, d), in the frame
     mass: Array  # (own,) float64, sums to 1 over all shares
     tilt: Array  # (own,) float64, <source_centre, y_i - target_centre>
     original: NDArray[np.int64]  # (own,) row of each atom among the N latents
@@ -110,19 +98,19 @@ class Target:
     def moments(self) -> tuple[Array, Array]:
         """Mean (d,) and covariance (d, d) of the target in the frame, in float64."""
         found = np.zeros((self.dim + 1, self.dim))
-        for rows in blocks(len(self.atoms)):
-            y = self.atoms[rows].double().cpu().numpy()
-            weighted = y * self.mass[rows, None]
+        for first, tile in self.atoms.tiles():
+            y = tile.double().cpu().numpy()
+            weighted = y * self.mass[first : first + len(y), None]
             found[0] += weighted.sum(axis=0)
             found[1:] += weighted.T @ y
         found = self.split.axis.sum(torch.from_numpy(found)).numpy()
         return found[0], found[1:] - np.outer(found[0], found[0])
 
-    def replaced(self, atoms: Tensor, mass: Array, split: Split) -> Target:
+    def replaced(self, atoms: Tensor | Atoms, mass: Array, split: Split) -> Target:
         """Another target in the same frame: other atoms (own, d) with their masses (own,), for the search alone."""
         index = np.arange(len(atoms))
         none = np.zeros(len(atoms))
-        return Target(atoms, mass, none, index, index, (0, 0), split, self.fingerprint, ())
+        return Target(as_atoms(atoms), mass, none, index, index, (0, 0), split, self.fingerprint, ())
 
     def spread(self, values: Array) -> Array:
         """Values of all atoms (n,) -> values of own latents; -inf where the mass is zero."""
@@ -130,11 +118,6 @@ class Target:
         kept = self.atom_of >= 0
         out[kept] = values[self.atom_of[kept]]
         return out
-
-
-def blocks(n: int) -> Iterator[slice]:
-    """Row ranges of at most ROWS that cover n rows."""
-    return (slice(a, min(a + ROWS, n)) for a in range(0, n, ROWS))
 
 
 def divide(rows: Rows, shares: int) -> tuple[int, ...]:
@@ -193,10 +176,16 @@ def check_mass(mass: Any, n: int, span: slice | None = None, axis: Axis | None =
 
 
 def build_target(
-    rows: Rows, mass: Any, source_moments: tuple[Array, Array], grid: Grid, cache: Cache
+    rows: Rows,
+    mass: Any,
+    source_moments: tuple[Array, Array],
+    grid: Grid,
+    cache: Cache,
+    room: tuple[float, float] = (np.inf, np.inf),
 ) -> tuple[Target, Frame]:
-    """Reads this process's share of the latents, checks and centres it, merges equal ones. Costs two passes over it.
+    """Reads this process's share of the latents, checks and centres it, merges equal ones. Costs three passes over it.
 
+    room: bytes that own latents may take as float32, and here in memory as they are stored; see ``_kept``.
     Raises InputError for NaN or Inf (how many, first row), wrong shapes or masses, fewer than two distinct atoms.
     """
     axis = grid.target
@@ -209,22 +198,24 @@ def build_target(
     fingerprint, centre = _survey(rows, span, axis, cache)
     scale = _scale(rows, span, nu, centre, axis, cache)
     frame = Frame(mean, float(np.sqrt(np.trace(cov) / d)) or 1.0, centre, scale)
-    atoms, tilt = _framed(rows, span, frame, cache)
+    kept = _kept(rows, span, room, grid, cache)
+    every, tilt, code = _framed(rows, span, frame, kept, room, cache)
 
-    leader = _leaders(atoms, nu > 0, span.start, axis)
+    leader = _leaders(every, code, nu > 0, span.start, axis)
     original = np.flatnonzero(leader == np.arange(span.start, span.stop))
     split = Split(tuple(axis.objects(len(original))), axis)
-    kept = leader >= 0
-    merged = int(axis.total(int(kept.sum()))) - split.n
+    merged = int(axis.total(int((leader >= 0).sum()))) - split.n
     if split.n < 2:
         raise InputError("all latents of positive mass are the same point; there is nothing to transport apart")
     if merged:
         notes.append(f"{merged:,} latents repeat another one; each group is one atom with the sum of its masses")
     atom_of, weight = _join(leader, nu, original, spans, split)
+    atoms: Atoms = every
     if len(original) < len(leader):
-        atoms, tilt = atoms[original], tilt[original]
+        atoms = every.among(original) if isinstance(every, Framed) else Whole(every[torch.from_numpy(original)])
+        tilt = tilt[original]
     target = Target(
-        torch.from_numpy(atoms),
+        atoms,
         weight,
         tilt,
         original + span.start,
@@ -249,9 +240,10 @@ def _survey(rows: Rows, span: slice, axis: Axis, cache: Cache) -> tuple[str, Arr
         begin, end = (min(-(-edge // ROWS) * ROWS, total) for edge in (span.start, span.stop))
         found = Fingerprint(rows.shape, rows.dtype)
         few, bad, first = [np.empty((0, d))], 0, -1
-        parts = [(a, min(a + ROWS, begin, span.stop)) for a in range(span.start, min(begin, span.stop), ROWS)]
-        for a, b in parts + [(a, min(a + ROWS, end)) for a in range(begin, end, ROWS)]:
-            y = np.ascontiguousarray(rows[a:b])
+        step, read = tile_rows(d), Reader(rows)
+        parts = [(a, min(a + step, begin, span.stop)) for a in range(span.start, min(begin, span.stop), step)]
+        for a, b in parts + [(a, min(a + step, end)) for a in range(begin, end, step)]:
+            y = np.ascontiguousarray(read(a, b))
             if a >= begin:
                 found.update(y)
             y = y[: max(0, span.stop - a)]
@@ -268,7 +260,9 @@ def _survey(rows: Rows, span: slice, axis: Axis, cache: Cache) -> tuple[str, Arr
         raise InputError(
             f"{wrong:,} of {total:,} latents contain NaN or Inf, the first is row {row:,}; remove or mend these rows"
         )
-    centre = np.median(axis.gather(torch.from_numpy(few_rows)).numpy(), axis=0)
+    surveyed = axis.gather(torch.from_numpy(few_rows)).numpy()
+    # part by part, as the median copies
+    centre = np.concatenate([np.median(its, axis=0) for its in np.array_split(surveyed, -(-d // 64), axis=1)])
     return combined(rows.shape, rows.dtype, [digest for *_, its in reports for digest in its]), centre
 
 
@@ -276,9 +270,9 @@ def _scale(rows: Rows, span: slice, nu: Array, centre: Array, axis: Axis, cache:
     """Root mean square of a coordinate about the centre."""
     key = "squares", span.start, span.stop
     if key not in cache:
-        cache[key] = 0.0
-        for block in blocks(len(nu)):
-            y = np.asarray(rows[_shifted(block, span.start)], dtype=np.float64)
+        cache[key], read = 0.0, Reader(rows)
+        for block in blocks(len(nu), len(centre)):
+            y = np.asarray(read(span.start + block.start, span.start + block.stop), dtype=np.float64)
             cache[key] += float(((y - centre) ** 2).sum(axis=1) @ nu[block])
     scale = float(np.sqrt(axis.total(cache[key]) / len(centre)))
     if not np.isfinite(scale):
@@ -286,46 +280,81 @@ def _scale(rows: Rows, span: slice, nu: Array, centre: Array, axis: Axis, cache:
     return scale or 1.0
 
 
-def _framed(rows: Rows, span: slice, frame: Frame, cache: Cache) -> tuple[NDArray[np.float32], Array]:
-    """Own latents in the frame, float32, and their tilts."""
-    key = "framed", span.start, span.stop
+KINDS = ("float32", "stored", "disk")
+
+
+def _kept(rows: Rows, span: slice, room: tuple[float, float], grid: Grid, cache: Cache) -> str:
+    """How all processes keep their latents: the first of KINDS for which there is room in each of them.
+
+    "float32": widened, in memory. "stored": in memory as they are; an array of the caller's is there already.
+    "disk": read whenever they are needed. What was read before has its room.
+    """
+    n, d = span.stop - span.start, rows.shape[1]
+    sizes = 4 * n * d, n * rows.row_bytes if isinstance(rows, Stored) else 0
+    fits = [
+        size <= limit or (kind, span.start, span.stop) in cache
+        for kind, size, limit in zip(KINDS, sizes, room, strict=False)
+    ]
+    own = fits.index(True) if any(fits) else len(fits)
+    return KINDS[int(grid.world.max(torch.tensor(own)))]
+
+
+def _framed(
+    rows: Rows, span: slice, frame: Frame, kept: str, room: tuple[float, float], cache: Cache
+) -> tuple[Atoms, Array, NDArray[np.uint64]]:
+    """Own latents in the frame, their tilts, and hashes of 64 bits that are the same for equal ones."""
+    key = kept, span.start, span.stop
+    for kind in KINDS:
+        if kind != kept:
+            cache.pop((kind, *key[1:]), None)
     if key not in cache:
-        n = span.stop - span.start
-        atoms, tilt = np.empty((n, rows.shape[1]), dtype=np.float32), np.empty(n)
-        for block in blocks(n):
-            y = np.asarray(rows[_shifted(block, span.start)], dtype=np.float64)
-            atoms[block] = frame.target_in(y)
+        n, d = span.stop - span.start, rows.shape[1]
+        source = rows.held(span) if kept == "stored" and isinstance(rows, Stored) else rows
+        whole = np.empty((n, d) if kept == "float32" else (0, d), dtype=np.float32)
+        tilt, code, read = np.empty(n), np.empty(n, dtype=np.uint64), Reader(source)
+        odd = np.random.default_rng(0).integers(0, 2**63, d, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+        for block in blocks(n, d):
+            y = np.asarray(read(span.start + block.start, span.start + block.stop), dtype=np.float64)
+            tile = whole[block] if len(whole) else np.empty(y.shape, dtype=np.float32)
+            into_frame(y, frame, tile)
             tilt[block] = (y - frame.target_centre) @ frame.source_centre
-        atoms += np.float32(0)  # -0.0 becomes 0.0, which is the same point
-        cache[key] = atoms, tilt
+            mixed = tile.view(np.uint32).astype(np.uint64) * odd
+            code[block] = (mixed ^ (mixed >> np.uint64(29))).sum(axis=1, dtype=np.uint64)
+        atoms: Atoms = Whole(torch.from_numpy(whole))
+        if kept != "float32":
+            atoms = Framed(source, rows, frame, np.arange(span.start, span.stop), *_described(rows, kept, n, room))
+        cache[key] = atoms, tilt, code
     return cache[key]
 
 
-def _shifted(rows: slice, by: int) -> slice:
-    return slice(rows.start + by, rows.stop + by)
+def _described(rows: Rows, kept: str, n: int, room: tuple[float, float]) -> tuple[str, str, float]:
+    """How latents are kept, why, and how many bytes may be picked out at once."""
+    name = getattr(rows, "stored", rows.dtype.name) if kept == "stored" else kept
+    how = f"in memory as {name}, as they came" if kept == "stored" else "on disk and are read again for every search"
+    allowed = room[0] if kept == "stored" else max(room)
+    why = (
+        f"the latents stay {how}: the {n:,} of this process would take {4 * n * rows.shape[1] / 2**30:.2f} GiB as "
+        f"float32, and {allowed / 2**30:.2f} GiB are allowed (memory); the answer is the same"
+    )
+    return name, why, room[1] / 4
 
 
-def _leaders(atoms: NDArray[np.float32], positive: NDArray[np.bool_], first: int, axis: Axis) -> NDArray[np.int64]:
+def _leaders(
+    every: Atoms, code: NDArray[np.uint64], positive: NDArray[np.bool_], first: int, axis: Axis
+) -> NDArray[np.int64]:
     """The lowest row among those of positive mass that equal each own one, (own latents,); -1 where the mass is zero.
 
-    Rows are hashed to 64 bits by a random odd-multiplier sum. Those with the same hash meet in one process, and only
-    they are compared.
+    Rows with the same hash meet in one process, and only they are compared, CANDIDATES numbers at a time.
     """
     kept = np.flatnonzero(positive)
-    words: NDArray[np.uint32] = atoms.view(np.uint32)
-    odd = np.random.default_rng(0).integers(0, 2**63, words.shape[1], dtype=np.uint64) * np.uint64(2) + np.uint64(1)
-    code = np.empty(len(kept), dtype=np.uint64)
-    for block in blocks(len(kept)):
-        mixed = words[kept[block]].astype(np.uint64) * odd
-        code[block] = (mixed ^ (mixed >> np.uint64(29))).sum(axis=1, dtype=np.uint64)
-    judge = (code % np.uint64(axis.size)).astype(np.int64)
+    judge = (code[kept] % np.uint64(axis.size)).astype(np.int64)
 
     def repeats(codes: NDArray[np.int64]) -> NDArray[np.bool_]:
         _, inverse, count = np.unique(codes, return_inverse=True, return_counts=True)
         return count[inverse] > 1
 
-    twin = kept[_asked(axis, judge, [code.view(np.int64)], repeats)]
-    leader = np.where(positive, np.arange(first, first + len(atoms)), -1)
+    twin = kept[_asked(axis, judge, [code[kept].view(np.int64)], repeats)]
+    leader = np.where(positive, np.arange(first, first + len(every)), -1)
 
     def lowest(rows: NDArray[np.float32], row: NDArray[np.int64]) -> NDArray[np.int64]:
         _, group = np.unique(rows, axis=0, return_inverse=True)
@@ -333,8 +362,12 @@ def _leaders(atoms: NDArray[np.float32], positive: NDArray[np.bool_], first: int
         np.minimum.at(least, group.ravel(), row)
         return least[group.ravel()]
 
-    place = np.searchsorted(kept, twin)
-    leader[twin] = _asked(axis, judge[place], [atoms[twin], twin + first], lowest)
+    most = int(axis.max(torch.tensor(len(twin))))
+    turns = -(-most * every.shape[1] // CANDIDATES) or 1
+    for turn in range(turns):  # equal rows have the same turn
+        its = twin[(code[twin] >> np.uint64(32)) % np.uint64(turns) == turn]
+        rows, own = every[torch.from_numpy(its)].numpy(), (code[its] % np.uint64(axis.size)).astype(np.int64)
+        leader[its] = _asked(axis, own, [rows, its + first], lowest)
     return leader
 
 

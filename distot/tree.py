@@ -8,7 +8,7 @@ Legend: n atoms, d dimension, K nodes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distot import assign
+from distot.atoms import Atoms, Whole, as_atoms, blocks, each_row
 from distot.grid import Grid, Split
 from distot.power import Array
-from distot.target import Target, blocks
+from distot.target import Target
 
 BRANCH = 8  # atoms or nodes to a node, on average
 LEAST = 12  # nodes of the coarsest level
@@ -45,7 +46,7 @@ class Tree:
     """Levels, coarsest first, and the atoms below the own nodes: the leaves."""
 
     levels: list[Level]
-    leaves: Tensor  # (leaves, d)
+    leaves: Atoms  # (leaves, d)
     home: Callable[[Tensor], Tensor]  # values of leaves -> values of own atoms
 
 
@@ -131,7 +132,8 @@ def _sampled(
 
     split_of = target.split
     stride = max(1, target.n // (TRAIN * wanted[-1]))
-    rows = split_of.axis.gather(target.atoms[-split_of.first % stride :: stride]).cpu().numpy()
+    some = torch.arange(-split_of.first % stride, split_of.count, stride, device=target.atoms.device)
+    rows = split_of.axis.gather(target.atoms[some]).cpu().numpy()
     found = np.zeros((len(wanted), len(rows)), dtype=np.int64)
     poll()
     if grid.leads:
@@ -140,7 +142,7 @@ def _sampled(
             found[level] = node = split(rows, node, width, ITERATIONS, seed + 1, lambda: None)
     found = grid.world.first(torch.from_numpy(found)).numpy()
     ones = torch.ones(len(rows), dtype=torch.float64)
-    total, centre = _moments(found[-1], ones, torch.from_numpy(rows), int(found[-1].max()) + 1)
+    total, centre = _moments(found[-1], ones, Whole(torch.from_numpy(rows)), int(found[-1].max()) + 1)
     centroids = (centre / total[:, None]).float()
     return centroids.to(target.atoms.device), [_children(found[-1], its) for its in found[:-1]]
 
@@ -148,18 +150,19 @@ def _sampled(
 def _nearest(target: Target, grid: Grid, centroids: Tensor) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The nearest centroid of each own atom, and how many atoms each centroid has in all."""
     search, half = assign.plain(centroids), -0.5 * centroids.double().square().sum(dim=1)
-    own = [search(target.atoms[rows], half, k=1).index[:, 0] for rows in blocks(len(target.atoms))]
-    top = grid.sample.first(torch.cat([torch.empty(0, dtype=torch.int64, device=half.device), *own])).cpu()
+    own = each_row(target.atoms, lambda tile: search(tile, half, k=1).index[:, 0], torch.int64)
+    top = grid.sample.first(own).cpu()
     counts = torch.bincount(top, minlength=len(centroids))
     return top.numpy(), grid.target.sum(counts).numpy()
 
 
 def _lend(
     target: Target, top: NDArray[np.int64], counts: NDArray[np.int64]
-) -> tuple[Tensor, Array, NDArray[np.int64], Callable[[Tensor], Tensor]]:
+) -> tuple[Atoms, Array, NDArray[np.int64], Callable[[Tensor], Tensor]]:
     """Atoms, masses and top nodes of the leaves: whole top nodes go to one process, about as many atoms to each.
 
-    The leaves of a node are in the order of all atoms, whatever the number of processes.
+    Leaves are in the order of all atoms. Atoms that are not in memory as float32 are not sent: whoever needs them reads
+    them where they came from.
     """
     axis = target.split.axis
     if axis.size == 1:
@@ -171,23 +174,22 @@ def _lend(
     def sent(values: Tensor) -> list[Tensor]:
         return axis.exchange(torch.tensor_split(values[there.to(values.device)], ends))
 
-    nodes, mass, atoms = sent(torch.from_numpy(top)), sent(torch.from_numpy(target.mass)), sent(target.atoms)
-    node = torch.cat(nodes)
-    order = node.argsort(stable=True)
+    nodes, mass = sent(torch.from_numpy(top)), sent(torch.from_numpy(target.mass))
+    if isinstance(target.atoms, Whole):
+        leaves: Atoms = Whole(torch.cat(sent(target.atoms.whole)))
+    else:
+        leaves = target.atoms.elsewhere(torch.cat(sent(torch.from_numpy(target.original))).numpy())
     edges = np.cumsum([len(part) for part in nodes])[:-1].tolist()
 
     def home(values: Tensor) -> Tensor:
-        place = order.to(values.device)
-        arrived = torch.empty_like(values).index_copy_(0, place, values)
-        back = torch.cat(axis.exchange(torch.tensor_split(arrived, edges)))
+        back = torch.cat(axis.exchange(torch.tensor_split(values, edges)))
         return torch.empty_like(back).index_copy_(0, there.to(values.device), back)
 
-    leaves = torch.cat(atoms)[order.to(target.atoms.device)]
-    return leaves, torch.cat(mass)[order].numpy(), node[order].numpy(), home
+    return leaves, torch.cat(mass).numpy(), torch.cat(nodes).numpy(), home
 
 
 def _below(
-    leaves: Tensor,
+    leaves: Atoms,
     node: NDArray[np.int64],
     wanted: list[int],
     n: int,
@@ -200,19 +202,35 @@ def _below(
 
     if not wanted:
         return []
-    rows, found = leaves.cpu().numpy(), np.zeros((len(wanted), len(leaves)), dtype=np.int64)
+    found = np.zeros((len(wanted), len(leaves)), dtype=np.int64)
     ends, firsts = np.bincount(node).cumsum() if len(node) else np.empty(0, dtype=np.int64), [0] * len(wanted)
     members = [part for part in np.split(node.argsort(kind="stable"), ends[:-1]) if len(part)]
+    rows_of = _picked(leaves, members)
     for i in range(max(grid.world.objects(len(members)))):
         poll()  # as often in every process
         if i >= len(members):
             continue
-        own, parent = rows[members[i]], np.zeros(len(members[i]), dtype=np.int64)
+        own, parent = next(rows_of), np.zeros(len(members[i]), dtype=np.int64)
         for level, width in enumerate(wanted):
             parent = split(own, parent, max(1, round(width * len(own) / n)), ITERATIONS, seed + 1, lambda: None)
             found[level, members[i]] = firsts[level] + parent
             firsts[level] += int(parent.max()) + 1
     return list(grid.sample.first(torch.from_numpy(found)).numpy())
+
+
+def _picked(leaves: Atoms, members: list[NDArray[np.int64]]) -> Iterator[NDArray[np.float32]]:
+    """The rows of each list of leaves, list after list; leaves that are not in memory are read for many at once."""
+    if isinstance(leaves, Whole):
+        rows = leaves.whole.cpu().numpy()
+        yield from (rows[its] for its in members)
+        return
+    sizes = np.array([its.size for its in members])
+    turn = (
+        (sizes.cumsum() - sizes) * 4 * leaves.shape[1] // int(leaves.room)
+    )  # lists of the same turn are read together
+    for first, end in pairwise(np.r_[np.flatnonzero(np.diff(turn, prepend=-1)), len(members)]):
+        rows = leaves[torch.from_numpy(np.concatenate(members[first:end])).to(leaves.device)].cpu().numpy()
+        yield from np.split(rows, sizes[first:end].cumsum()[:-1])
 
 
 def _children(fine: NDArray[np.int64], coarse: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -223,16 +241,19 @@ def _children(fine: NDArray[np.int64], coarse: NDArray[np.int64]) -> NDArray[np.
 
 
 def _level(total: Tensor, centre: Tensor, node: NDArray[np.int64], split: Split) -> Level:
-    atoms = (centre / total[:, None]).float()
+    atoms = torch.cat(
+        [(centre[rows] / total[rows, None]).float() for rows in blocks(*centre.shape)] or [centre.float()]
+    )
     return Level(atoms, total.cpu().numpy(), torch.from_numpy(node).to(atoms.device), split)
 
 
-def _moments(node: NDArray[np.int64], weight: Tensor, rows: Tensor, nodes: int) -> tuple[Tensor, Tensor]:
+def _moments(node: NDArray[np.int64], weight: Tensor, rows: Tensor | Atoms, nodes: int) -> tuple[Tensor, Tensor]:
     """Weights (n,) of rows (n, d), and their weighted sum, added up for each node; float64 (K,), (K, d)."""
     total = torch.zeros(nodes, dtype=torch.float64, device=rows.device)
     centre = torch.zeros((nodes, rows.shape[1]), dtype=torch.float64, device=rows.device)
-    for part in blocks(len(rows)):
+    for first, tile in as_atoms(rows).tiles():
+        part = slice(first, first + len(tile))
         place = torch.from_numpy(node[part]).to(rows.device)
         total.index_add_(0, place, weight[part])
-        centre.index_add_(0, place, weight[part, None] * rows[part])
+        centre.index_add_(0, place, weight[part, None] * tile)
     return total, centre

@@ -19,6 +19,7 @@ from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
 from distot import descent, solver, start
+from distot.atoms import ROWS, Rows
 from distot.case import Case, Room, locked, new_case, open_case
 from distot.errors import DistotWarning, InputError, StoreError
 from distot.problem import Problem
@@ -27,7 +28,6 @@ from distot.schedule import Options, StopRule
 from distot.solution import Interrupted, Solution
 from distot.solver import Progress
 from distot.store import Place, Run, Url, as_place, need_space, new_file, open_latents
-from distot.target import ROWS, Rows
 from distot.watch import Watch, signals
 
 
@@ -62,7 +62,7 @@ class Solve:
             raise StoreError(f"{run} exists already; continue it with `distot resume {run}`, or choose another name")
         case = new_case(self.latents, self.source, self.mass, self.options, room)
         if self.init is not None:
-            case = replace(case, init=_init(self.init, case.problem, self.options.assigner, room))
+            case = replace(case, init=_init(self.init, case.problem, self.options, room))
         if run is None:
             return _drive(case, None, (), room)
         whole = None if case.init is None else case.problem.target.split.gather(torch.from_numpy(case.init)).numpy()
@@ -204,16 +204,16 @@ def _samples(samples: Place | NDArray[Any]) -> Rows:
     return rows
 
 
-def _init(init: object, problem: Problem, assigner: str, room: Room) -> NDArray[Any]:
+def _init(init: object, problem: Problem, options: Options, room: Room) -> NDArray[Any]:
     """Heights of own atoms in the frame for a warm start. Raises InputError for another shape, or not finite ones."""
     target = problem.target
     if isinstance(init, str | Path | Url):
-        init = Load(as_place(init))(replace(room, cache={}))
+        init = Load(as_place(init), changes={"memory": options.memory})(replace(room, cache={}))
     if isinstance(init, Solution):
         held = init.held
         if held.problem.target.dim != target.dim:
             raise InputError(f"init was solved in dimension {held.problem.target.dim}, the latents have {target.dim}")
-        return start.transfer(problem, held.problem, held.progress.state.average, assigner).cpu().numpy()
+        return start.transfer(problem, held.problem, held.progress.state.average, options.assigner).cpu().numpy()
     heights = np.asarray(init, dtype=np.float64)
     if heights.shape != (target.latents,):
         raise InputError(
@@ -248,11 +248,14 @@ def _drive(case: Case, progress: Progress | None, remarks: tuple[str, ...], room
                 source=problem.source.kind,
                 assigner=assigner.name,
                 device=str(problem.target.atoms.device),
+                kept=problem.target.atoms.kept,
                 grid=list(problem.grid.shape),
                 step=0 if progress is None else progress.state.step,
                 samples=0 if progress is None else progress.state.samples,
                 goal=options.until_chi2,
             )
+            if why := problem.target.atoms.why:
+                watch.tell("note", text=why)
             for note in problem.target.notes + remarks:
                 watch.tell("note", text=note)
                 warnings.warn(note, DistotWarning, stacklevel=room.level)

@@ -55,7 +55,7 @@ def everything(grid: Grid, talk: bool = False) -> dict[str, Any]:
         "fingerprint": target.fingerprint,
         "notes": target.notes,
         "n": target.n,
-        "atoms": whole(problem, target.atoms),
+        "atoms": whole(problem, target.atoms[:]),
         "mass": whole(problem, torch.from_numpy(target.mass)),
         "original": whole(problem, torch.from_numpy(target.original)),
         "atom_of": target.split.axis.gather(torch.from_numpy(target.atom_of)).numpy(),

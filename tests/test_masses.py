@@ -106,7 +106,7 @@ class TestOrbits:
         return solution.problem, state.average + spread * state.margin * noise
 
     def masses(self, problem: Problem, heights: torch.Tensor, samples: int, step: int = 0) -> Masses:
-        search = assign.build("auto", problem.target.atoms)
+        search = assign.build("auto", problem.target.atoms[:])
         return cell_masses(problem, search, heights, None, samples, Stream.CHECK, step, lambda: None)
 
     def test_agree_with_plain_samples(self, case: tuple[Problem, torch.Tensor]) -> None:
@@ -170,7 +170,7 @@ def test_soft_masses_are_unbiased_too() -> None:
     y = np.random.default_rng(0).standard_normal((100, 6))
     solution = distot.solve(y, epsilon=0.2, top_k=100, until_chi2=None, max_samples=3000, progress=False)
     problem, heights = solution.problem, solution.held.progress.state.average
-    search = assign.build("auto", problem.target.atoms)
+    search = assign.build("auto", problem.target.atoms[:])
     soft = Soft(0.2 / problem.frame.unit, 100)
 
     def look(samples: int, step: int) -> Estimate:

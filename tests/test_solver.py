@@ -252,11 +252,11 @@ class TestWarmStart:
         moved = np.concatenate([CLOUD[::-1] * 1.001 + 0.002, [CLOUD[5] + 0.01]])
         problem = build_problem(moved, distot.Gaussian(np.full(5, 2.0)))
         heights = start.transfer(problem, first.problem, first.held.progress.state.average, "dense")
-        search = assign.build("dense", problem.target.atoms)
+        search = assign.build("dense", problem.target.atoms[:])
         assert error(problem, search, heights) > 1  # the source moved: those heights are for another source
         problem = build_problem(moved)
         heights = start.transfer(problem, first.problem, first.held.progress.state.average, "dense")
-        assert error(problem, assign.build("dense", problem.target.atoms), heights) < 0.1
+        assert error(problem, assign.build("dense", problem.target.atoms[:]), heights) < 0.1
 
     def test_resume_of_a_start_that_was_cut_short(self, tmp_path: Any) -> None:
         first = quiet(CLOUD, until_chi2=None, max_samples=20_000)
@@ -307,7 +307,7 @@ class TestParts:
     def test_gaussian_start_is_exact_for_quadratic_potentials(self) -> None:
         """For source N(0, I) and target moments (m, S) the start is -½ (y - m)^T S^-½ (y - m), math (12)."""
         problem = build_problem(CLOUD)
-        y = problem.target.atoms.double().numpy()
+        y = problem.target.atoms[:].double().numpy()
         centred = y - y.mean(axis=0)
         values, vectors = np.linalg.eigh(centred.T @ centred / len(y))
         expected = -0.5 * (((centred @ vectors) ** 2) / np.sqrt(values)).sum(axis=1)
@@ -317,7 +317,7 @@ class TestParts:
     def test_refinement_is_exact_for_quadratic_potentials(self) -> None:
         """Where the potential is that of the Gaussian problem, (12), the refined heights are those of (12) again."""
         problem = build_problem(RNG.standard_normal((400, 4)) * [1.0, 2.0, 0.5, 3.0] + 1.0)
-        guess, atoms = start.normal(problem), problem.target.atoms
+        guess, atoms = start.normal(problem), problem.target.atoms[:]
         level = tree.grow(problem.target, problem.grid, 0, lambda: None).levels[-1]
         refined = start.prolong(guess.heights(level.atoms), guess.inverse(level.atoms), level, atoms, guess)
         assert torch.allclose(refined, guess.heights(atoms), atol=1e-9)
@@ -326,7 +326,7 @@ class TestParts:
         """Two far clusters of unequal mass, which no Gaussian describes."""
         y = np.concatenate([RNG.standard_normal((900, 3)), 0.1 * RNG.standard_normal((100, 3)) + 8.0])
         problem = build_problem(y)
-        search = assign.build("dense", problem.target.atoms)
+        search = assign.build("dense", problem.target.atoms[:])
         heights, work = start.multilevel(problem, "dense", lambda: None)
         assert work == pytest.approx(start.work(1000, problem.orbit.work), rel=0.1)
         assert error(problem, search, heights) < 0.3 * error(
@@ -335,7 +335,7 @@ class TestParts:
 
     def test_lift_brings_a_starving_atom_back(self) -> None:
         problem = build_problem(RNG.standard_normal((50, 3)))
-        search = assign.build("dense", problem.target.atoms)
+        search = assign.build("dense", problem.target.atoms[:])
         x = torch.randn(10, 3, generator=torch.Generator().manual_seed(0))
         heights = torch.zeros(50, dtype=torch.float64)
         heights[7] = -1000.0
@@ -360,7 +360,7 @@ class TestParts:
         rows = np.random.default_rng(0).standard_normal((2000, 6))
         mass = np.arange(1, 2001) / (2000 * 2001 / 2)
         problem = build_problem(rows, mass=mass)
-        atoms, levels = problem.target.atoms, tree.grow(problem.target, problem.grid, 0, lambda: None).levels
+        atoms, levels = problem.target.atoms[:], tree.grow(problem.target, problem.grid, 0, lambda: None).levels
         assert [len(level.mass) for level in levels] == pytest.approx(tree.widths(2000), rel=0.05)
         assert [len(level.node) for level in levels] == [len(levels[1].mass), 2000]
         mean = mass @ atoms.double().numpy()

@@ -5,14 +5,17 @@ Legend: B samples, n atoms, d dimension, k winners. Everything is in the frame, 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol, Self
 
+import torch
 from torch import Tensor
 
 from distot.errors import InputError
 from distot.orbit import Orbits
 from distot.problem import Problem
+from distot.source import Stream
 
 NAMES = ("auto", "native", "lists", "triton", "dense", "faiss")
 
@@ -28,6 +31,10 @@ class Winners:
     def margin(self) -> Tensor:
         """Best score minus runner-up (B,) float64; needs k >= 2."""
         return self.score[:, 0].double() - self.score[:, 1].double()
+
+
+Searched = tuple[int, Tensor | Orbits, Winners]
+"""A portion: the number of its first sample, the samples, their winners."""
 
 
 class Assigner(Protocol):
@@ -114,13 +121,74 @@ def build(name: str, atoms: Tensor, recall: float | None = None, among: int | No
 
 def over(problem: Problem, name: str, recall: float | None = None) -> Assigner:
     """The assigner ``name`` over all atoms of a problem, each process searching its own."""
-    target = problem.target
-    if target.split.axis.size == 1:
-        return build(name, target.atoms, recall)
+    target, axis = problem.target, problem.target.split.axis
+    own: Assigner | None = None
+    if target.atoms.whole is None:
+        from distot.assign.tiled import Tiled
+
+        check(name, recall)
+        own = Tiled(target.atoms, feasible(problem, name)) if target.split.count else None
+    elif target.split.count:
+        own = build(name, target.atoms.whole, recall, None if axis.size == 1 else target.n)
+    if axis.size == 1:
+        assert own is not None
+        return own
     from distot.assign.sharded import Sharded
 
-    own = build(name, target.atoms, recall, target.n) if target.split.count else None
     return Sharded(own, target.split)
+
+
+def feasible(problem: Problem, name: str) -> str:
+    """What ``name`` comes to: where atoms come tile by tile "auto" has nothing to try, and is the plain search.
+
+    Raises InputError for those that need all of them at once.
+    """
+    atoms = problem.target.atoms
+    if atoms.whole is not None or name in ("native", "dense", "triton"):
+        return name
+    if name == "auto":
+        return "native" if atoms.device.type == "cpu" else "dense"
+    raise InputError(
+        f"assigner {name!r} keeps all latents in memory as float32, for which there is no room; allow more (memory), "
+        "share them among more workers, or take auto"
+    )
+
+
+def searches(
+    problem: Problem,
+    assigner: Assigner,
+    stream: Stream,
+    step: int,
+    samples: int,
+    heights: Tensor,
+    k: int,
+    poll: Callable[[], None],
+) -> Iterator[list[Searched]]:
+    """The portions of ``Problem.batch`` with their winners, in lists of those that were searched together.
+
+    ``poll`` is called before each search and may raise to stop; where one process works alone on atoms that come tile
+    by tile, between these, too.
+    """
+    from distot.assign.tiled import Tiled
+
+    if isinstance(assigner, Tiled) and problem.grid.world.size == 1:
+        assigner = Tiled(assigner.atoms, assigner.name, poll)
+    for group in problem.groups(stream, step, samples, k):
+        poll()
+        with problem.grid.meter.timed("search"):
+            near = assigner(_joined([x for _, x in group]), heights, k)
+        lengths = [len(x) for _, x in group]
+        parts = zip(group, near.index.split(lengths), near.score.split(lengths), strict=True)
+        yield [(first, x, Winners(index, score)) for (first, x), index, score in parts]
+
+
+def _joined(parts: list[Tensor | Orbits]) -> Tensor | Orbits:
+    """One request for the samples of all, which go by the same axes if they are orbits."""
+    if len(parts) == 1:
+        return parts[0]
+    if isinstance(parts[0], Orbits):
+        return Orbits(torch.cat([x.z for x in parts if isinstance(x, Orbits)]), parts[0].basis)
+    return torch.cat([x for x in parts if isinstance(x, Tensor)])
 
 
 def plain(atoms: Tensor) -> Assigner:

@@ -13,8 +13,8 @@ from distot._native import search_lists
 from distot.assign import Winners
 from distot.assign.faiss import split
 from distot.assign.native import Native
+from distot.atoms import blocks
 from distot.errors import InputError
-from distot.target import blocks
 
 ITERATIONS = 5  # of k-means
 PRIOR = 20.0  # wins with the common variance added to each list's own

@@ -19,8 +19,8 @@ from torch import Tensor
 from distot.assign import Exact, Winners
 from distot.assign.groups import Groups, Routes, Won
 from distot.assign.native import Native
+from distot.atoms import blocks
 from distot.orbit import Orbits, points
-from distot.target import blocks
 
 LISTS = 4.0  # times the root of n
 SCALES = 2.0 ** torch.arange(-4, 4, dtype=torch.float64)  # tried for s

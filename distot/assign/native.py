@@ -9,11 +9,12 @@ from torch import Tensor
 
 from distot import _native
 from distot.assign import Exact, Winners
+from distot.atoms import tile_rows
 from distot.errors import InputError
 from distot.orbit import Orbits, points
 
 TURNED_BYTES = 256 << 20  # for atoms as an orbit's blocks see them; kept if all of them fit, else made block by block
-TURNED_ROWS = 8192  # at a time
+TURNED_ROWS = 8192  # at a time, at most; divides a tile
 
 
 class Native(Exact):
@@ -30,14 +31,18 @@ class Native(Exact):
         self._turned = self.atoms[:, None]  # (n, g, w), if there is a basis
 
     def __call__(self, x: Tensor | Orbits, heights: Tensor, k: int = 2) -> Winners:
+        near = Winners(torch.empty(len(x), k, dtype=torch.int64), torch.empty(len(x), k))
+        return self.go_on(x, heights, near, 0)
+
+    def go_on(self, x: Tensor | Orbits, heights: Tensor, near: Winners, begin: int) -> Winners:
+        """Winners among these atoms, the first of which is number ``begin``, and those before it, given in ``near``."""
         if isinstance(x, Orbits) and x.z.shape[1] > 1:
-            draws, pieces = x.z, self._turn(x.basis, k)
+            draws, pieces = x.z, self._turn(x.basis, near.index.shape[1])
         else:
             draws, pieces = points(x).contiguous()[:, None], iter([self.atoms[:, None]])
-        h, first = heights.float().contiguous(), 0
-        near = Winners(torch.empty(len(x), k, dtype=torch.int64), torch.empty(len(x), k))
+        h, first, threads = heights.float().contiguous(), begin, torch.get_num_threads()
         for atoms in pieces:
-            own, threads = h[first : first + len(atoms)], torch.get_num_threads()
+            own = h[first - begin : first - begin + len(atoms)]
             _native.search(draws, atoms, own, threads, self.isa, near.index, near.score, first, more=first > 0)
             first += len(atoms)
         return near
@@ -47,13 +52,16 @@ class Native(Exact):
         if self._basis is basis:
             yield self._turned
             return
-        rows = max(k, TURNED_BYTES // (4 * basis.shape[0] * basis.shape[1]))
+        part_rows = min(TURNED_ROWS, tile_rows(basis.shape[2]))
+        wanted = max(k, TURNED_BYTES // (4 * basis.shape[0] * basis.shape[1]))
+        rows = -(-wanted // part_rows) * part_rows
         for first in range(0, len(self.atoms), rows):
             atoms = self.atoms[first : first + rows]
             turned = torch.empty(len(atoms), *basis.shape[:2])
-            for part in range(0, len(atoms), TURNED_ROWS):
-                # in float64, as a product in float32 would depend on how many rows there are
-                own = slice(part, part + TURNED_ROWS)
+            for part in range(0, len(atoms), part_rows):
+                # in float64, as a product in float32 would depend on how many rows there are; always the same rows
+                # together, as the last bit of one in float64 may, too
+                own = slice(part, part + part_rows)
                 turned[own] = torch.einsum("nd,gwd->ngw", atoms[own].double(), basis.double()).float()
             if len(turned) == len(self.atoms):
                 self._basis, self._turned = basis, turned

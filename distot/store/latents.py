@@ -22,7 +22,7 @@ CHUNK_BYTES, CHUNKS_PER_SHARD = 2 << 20, 32
 
 
 class Latents:
-    """Rows of a latents store or of any 2-D zarr array, read by range; satisfies ``target.Rows``."""
+    """Rows of a latents store or of any 2-D zarr array, read by range; satisfies ``atoms.Rows``, ``atoms.Stored``."""
 
     def __init__(
         self, path: Place, array: zarr.Array[Any], mass: NDArray[Any] | None, attributes: dict[str, Any]
@@ -44,6 +44,20 @@ class Latents:
         return (_from_bfloat16(values) if self.bfloat16 else values)[inverse]
 
     @property
+    def stored(self) -> str:
+        """Name of the dtype on disk."""
+        return "bfloat16" if self.bfloat16 else str(self.dtype.name)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row as it is stored."""
+        return int(self.shape[1] * self.array.dtype.itemsize)
+
+    def held(self, span: slice) -> HeldRows:
+        """A range of the rows in memory, as they are stored, numbered as before."""
+        return HeldRows(self, span.start, read(self.array, span, self.path))
+
+    @property
     def grains(self) -> tuple[int, ...]:
         """Rows that lie together, most first: in a file, and in a piece of it that is read at once."""
         return tuple(its[0] for its in (self.array.shards, self.array.chunks) if its)
@@ -51,6 +65,18 @@ class Latents:
     @property
     def fingerprint(self) -> str | None:
         return self.attributes.get("fingerprint")
+
+
+class HeldRows:
+    """Rows of ``latents`` from number ``first`` on, in memory as they are stored; satisfies ``atoms.Rows``."""
+
+    def __init__(self, latents: Latents, first: int, values: NDArray[Any]) -> None:
+        self.shape, self.dtype = latents.shape, latents.dtype
+        self.bfloat16, self.first, self.values = latents.bfloat16, first, values
+
+    def __getitem__(self, rows: slice) -> NDArray[Any]:
+        values = self.values[rows.start - self.first : rows.stop - self.first]
+        return _from_bfloat16(values) if self.bfloat16 else values
 
 
 def open_latents(path: str | Place, array: str | None = None) -> Latents:
