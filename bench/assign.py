@@ -1,6 +1,7 @@
 """Rates of the assigners, best and runner-up, against plain torch (matrix product and max by tiles) and the machine.
 
     python -m bench.assign [--quick]
+    python -m bench.assign -n 1000000 -d 32 64  these rows alone
     python -m bench.assign --run RUN.zarr       on the latents of a run, at its heights
 
 A rate is 2 N d flops a sample over the time; that of searches which do fewer flops, too, so that rates compare times.
@@ -12,7 +13,7 @@ import argparse
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from distot.source import Stream
 
 matplotlib.use("agg")
 
+SIZES = (10_000, 100_000, 1_000_000)
 DIMENSIONS = (2, 8, 16, 32, 64, 128, 256, 512)
 BATCH = 4096
 ROOM = 6.5e7  # numbers in the atoms of the largest problem
@@ -99,7 +101,7 @@ def rates(n: int, d: int, batch: int) -> tuple[dict[str, float], str]:
     return {name: 2e-9 * n * d * samples / seconds(call) for name, (samples, call) in calls.items()}, auto.name
 
 
-def table(quick: bool) -> None:
+def table(sizes: Sequence[int], dimensions: Sequence[int], name: str) -> None:
     square = torch.randn(3000, 3000)
     matmul = 2e-9 * 3000**3 / seconds(lambda: square @ square)
     bare = peak()
@@ -116,8 +118,8 @@ def table(quick: bool) -> None:
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     curves: dict[int, list[list[float]]] = {}
-    for n in (10_000,) if quick else (10_000, 100_000, 1_000_000):
-        for d in DIMENSIONS:
+    for n in sizes:
+        for d in dimensions:
             if n * d > ROOM:
                 continue
             batches = (256, BATCH, 65_536) if n == 10_000 and d == 32 else (BATCH,)
@@ -125,7 +127,7 @@ def table(quick: bool) -> None:
                 batch = max(256, min(wanted, int(EFFORT / (2 * n * d))))
                 found, chosen = rates(n, d, batch)
                 if wanted == BATCH:
-                    curves.setdefault(n, []).append([d, *(found[name] for name in NAMES)])
+                    curves.setdefault(n, []).append([d, *(found[its] for its in NAMES)])
                 native = found["native"]
                 lines.append(
                     f"| {n:,} | {d} | {batch:,} | {native:.0f} | {native / bare:.0%} | {native / found['faiss']:.1f} | "
@@ -134,9 +136,9 @@ def table(quick: bool) -> None:
                     f"{found['dense']:.0f} | {found['torch']:.0f} |"
                 )
                 print(lines[-1], flush=True)
-    lines += ["", "![rates](assign.png)"]
-    write("assign", "Nearest power cell", lines)
-    plot(curves, bare)
+    lines += ["", f"![rates]({name}.png)"]
+    write(name, "Nearest power cell", lines)
+    plot(curves, bare, name)
 
 
 def of_run(path: str, recall: float) -> None:
@@ -186,29 +188,32 @@ def of_run(path: str, recall: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="N = 10,000 alone")
+    parser.add_argument("-n", type=int, nargs="+", help="these N alone, to a report of their own")
+    parser.add_argument("-d", type=int, nargs="+", default=DIMENSIONS, help="these dimensions alone")
     parser.add_argument("--run", help="a run folder, to measure on its problem")
     parser.add_argument("--recall", type=float, default=0.97, help="of the approximate lists, with --run")
     args = parser.parse_args()
     if args.run:
         of_run(args.run, args.recall)
     else:
-        table(args.quick)
+        sizes = args.n or ((10_000,) if args.quick else SIZES)
+        table(sizes, args.d, "assign-rows" if args.n else "assign")
 
 
-def plot(curves: dict[int, list[list[float]]], bare: float) -> None:
+def plot(curves: dict[int, list[list[float]]], bare: float, name: str) -> None:
     """Rate against dimension, one panel for each N."""
     figure, axes = plt.subplots(1, len(curves), figsize=(4 * len(curves), 3.2), squeeze=False, sharey=True)
     for panel, (n, rows) in zip(axes[0], curves.items(), strict=True):
         dimension, *series = zip(*rows, strict=True)
-        for name, values in zip(NAMES, series, strict=True):
-            panel.loglog(dimension, values, "o-", label=name, markersize=3)
+        for label, values in zip(NAMES, series, strict=True):
+            panel.loglog(dimension, values, "o-", label=label, markersize=3)
         panel.axhline(bare, color="k", linestyle="--", linewidth=1)
         panel.set_title(f"N = {n:,}", fontsize=9)
         panel.set_xlabel("dimension")
     axes[0][0].set_ylabel("GFLOP/s, 2 N d a sample")
     axes[0][0].legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(REPORTS / "assign.png", dpi=110)
+    figure.savefig(REPORTS / f"{name}.png", dpi=110)
 
 
 if __name__ == "__main__":
