@@ -260,8 +260,8 @@ def _survey(rows: Rows, span: slice, axis: Axis, cache: Cache) -> tuple[str, Arr
         raise InputError(
             f"{wrong:,} of {total:,} latents contain NaN or Inf, the first is row {row:,}; remove or mend these rows"
         )
-    few = axis.gather(torch.from_numpy(few_rows)).numpy()
-    centre = np.concatenate([np.median(its, axis=0) for its in np.array_split(few, -(-d // 64), axis=1)])  # it copies
+    some = axis.gather(torch.from_numpy(few_rows)).numpy()
+    centre = np.concatenate([np.median(its, axis=0) for its in np.array_split(some, -(-d // 64), axis=1)])  # it copies
     return combined(rows.shape, rows.dtype, [digest for *_, its in reports for digest in its]), centre
 
 
