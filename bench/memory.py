@@ -126,8 +126,8 @@ def main() -> None:
         f"The heights are {'the same' if same else 'NOT the same'}, bit for bit.",
         "",
         "What does not shrink: sums and nodes of the start, the 16,384 rows of the survey (8 d bytes each), tiles, "
-        "vectors. What searches cost more is for turning atoms to the orbits' blocks anew, 2 d² flops in float64 an atom "
-        "and pass, and for framing, 2 to 3 ns a number: both are shared by all samples of a pass, of which a step here has few.",
+        "vectors. Searches cost more by turning atoms to the blocks of orbits anew, 2 d² flops in float64 an atom "
+        "and pass, and by framing, 2 to 3 ns a number: both are shared by all samples of a pass; here it has few.",
     ]
     write("memory", "Memory of latents", lines)
 
