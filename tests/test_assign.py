@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from distot._native import available
-from distot.assign import NAMES, Assigner, Winners, build
+from distot.assign import NAMES, Assigner, Winners, build, native
 from distot.assign.auto import Auto
 from distot.assign.likely import Likely
 from distot.assign.lists import Lists
@@ -151,6 +151,25 @@ class TestFaiss(Contract):
 
 class TestNative(Contract):
     name = "native"
+
+    @pytest.mark.parametrize("share", [0.0, 0.25])
+    def test_atoms_turned_for_orbits_are_kept_where_there_is_room(
+        self, share: float, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The same winners and scores by pieces; with room the second call turns nothing."""
+        y, heights = torch.randn(3000, 6), torch.randn(3000)
+        orbit = Orbit(6, "rotations", 0)
+        x = orbit.of(torch.randn(100, 6), orbit.axes().float())
+        expected = Native(y)(x, heights, 3)
+        monkeypatch.setattr(native, "TURNED_BYTES", 24 * 500)
+        monkeypatch.setattr(native, "TURNED_ROWS", 256)
+        monkeypatch.setattr(native, "TURNED_SHARE", share)
+        search = Native(y)
+        for _ in range(2):
+            found = search(x, heights, 3)
+            assert torch.equal(found.index, expected.index)
+            assert torch.equal(found.score, expected.score)
+        assert (len(search._turned), search._basis is x.basis) == (3000, share > 0)
 
 
 class TestPortable(Contract):

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from distot import _native
 from distot.assign import Exact, Winners
-from distot.atoms import tile_rows
+from distot.atoms import available, tile_rows
 from distot.errors import InputError
 from distot.orbit import Orbits, points
 
-TURNED_BYTES = 256 << 20  # for atoms as an orbit's blocks see them; kept if all of them fit, else made block by block
+TURNED_BYTES = 256 << 20  # for a piece of the atoms as an orbit's blocks see them
+TURNED_SHARE = 0.25  # of the memory that is available, which all of them together may take to be kept for the next call
 TURNED_ROWS = 8192  # at a time, at most; divides a tile
 
 
@@ -52,8 +53,12 @@ class Native(Exact):
         if self._basis is basis:
             yield self._turned
             return
+        self._basis, self._turned = None, self.atoms[:, None]  # which frees the last ones
         part_rows = min(TURNED_ROWS, tile_rows(basis.shape[2]))
-        wanted = max(k, TURNED_BYTES // (4 * basis.shape[0] * basis.shape[1]))
+        row_bytes = 4 * basis.shape[0] * basis.shape[1]
+        wanted = max(k, TURNED_BYTES // row_bytes)
+        if row_bytes * len(self.atoms) <= TURNED_SHARE * available(self.atoms.device):
+            wanted = max(k, len(self.atoms))
         rows = -(-wanted // part_rows) * part_rows
         for first in range(0, len(self.atoms), rows):
             atoms = self.atoms[first : first + rows]
