@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,9 @@ from distot.ingest import ingest
 from distot.schedule import Options
 from distot.work import Solve, Task
 
-GRIDS = ((1, 1), (2, 1), (2, 2), (4, 1))  # workers, replicas; the last one for its memory
+GRIDS = ((1, 1), (2, 1), (2, 2), (4, 1))  # workers, replicas
+SHARES = ((1, 1), (2, 1), (4, 1))
+WIDE = (100_000, 1024)  # latents that need more memory than everything else
 
 
 def main() -> None:
@@ -46,7 +49,10 @@ def main() -> None:
         print(json.dumps(one(Path(latents), *map(int, numbers))))
         return
     with tempfile.TemporaryDirectory() as folder:
-        lines = grids(Path(folder), args.n, args.dim, args.per_atom) + losses(Path(folder), args.kills)
+        where = Path(folder)
+        found = measured(where, args.n, args.dim, args.per_atom * args.n, GRIDS)
+        shares = measured(where, *WIDE, 2000, SHARES)
+        lines = rates(args.n, args.dim, args.per_atom, found) + memory(*WIDE, shares) + losses(where, args.kills)
     write("workers", "Workers against one process", lines)
 
 
@@ -59,7 +65,7 @@ def cloud(n: int, d: int) -> np.ndarray[Any, np.dtype[np.float32]]:
 
 def one(latents: Path, workers: int, replicas: int, samples: int) -> dict[str, Any]:
     """Seconds from the command to events of a run, and the most memory of each of its processes."""
-    began, events, pids = time.time(), [], [os.getpid()]
+    began, events, pids, before = time.time(), [], [os.getpid()], peak(os.getpid())
 
     def listen(event: dict[str, Any]) -> None:
         nonlocal pids
@@ -67,18 +73,20 @@ def one(latents: Path, workers: int, replicas: int, samples: int) -> dict[str, A
         events.append(event | {"memory": [peak(pid) for pid in pids]})
 
     options = Options(until_chi2=None, max_samples=samples, assigner="native", certificate_samples=10_000)
-    task = Solve(latents, "gaussian", None, options, latents.with_name(f"{workers}x{replicas}.zarr"))
+    task = Solve(latents, "gaussian", None, options, latents.with_suffix(f".{workers}x{replicas}.zarr"))
     if workers == 1:
         task(Room(show=False, on_event=listen))
     else:
         on_workers(task, Shape(workers, replicas), False, listen)
-    steps = [event for event in events if event["event"] == "step"]
-    at = {name: next(e["time"] for e in events if e["event"] == name) - began for name in ("begin", "step")}
+    steps = [event for event in events if event["event"] == "step"] or events[:1]
+    begin = next(event["time"] for event in events if event["event"] == "begin")
+    taken = steps[-1]["time"] - steps[0]["time"]
     return {
-        "begin": at["begin"],
-        "start": steps[0]["time"] - began - at["begin"],
-        "rate": (steps[-1]["samples"] - steps[0]["samples"]) / (steps[-1]["time"] - steps[0]["time"]),
+        "begin": begin - began,
+        "start": steps[0]["time"] - begin,
+        "rate": (steps[-1]["samples"] - steps[0]["samples"]) / taken if taken else 0.0,
         "memory": max(max(event["memory"]) for event in events),
+        "least": before if workers == 1 else max(events[0]["memory"]),
         "sent": steps[-1].get("sent", 0),
     }
 
@@ -92,30 +100,50 @@ def peak(pid: int) -> int:
     return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
 
-def grids(folder: Path, n: int, d: int, per_atom: int) -> list[str]:
+def measured(folder: Path, n: int, d: int, samples: int, grids: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
+    """``one`` for each grid, in a process of its own."""
     np.save(folder / "z.npy", cloud(n, d))
-    ingest(folder / "z.npy", folder / "z.zarr")
+    latents = folder / f"{n}x{d}.latents.zarr"
+    ingest(folder / "z.npy", latents)
     found = []
-    for workers, replicas in GRIDS:
-        command = [sys.executable, "-m", "bench.workers", "--one", str(folder / "z.zarr")]
-        command += [str(workers), str(replicas), str(per_atom * n)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    for workers, replicas in grids:
+        command = [sys.executable, "-m", "bench.workers", "--one", str(latents), str(workers), str(replicas)]
+        done = subprocess.run([*command, str(samples)], capture_output=True, text=True, check=True)
         found.append(json.loads(done.stdout.splitlines()[-1]))
         print(workers, replicas, found[-1], file=sys.stderr)
-    base = found[0]
+    return found
+
+
+def rates(n: int, d: int, per_atom: int, found: list[dict[str, Any]]) -> list[str]:
     lines = [
-        f"N = {n:,}, d = {d}, {per_atom} plain samples for each atom, assigner native; latents are "
-        f"{4 * n * d / 2**20:.0f} MiB in float32. Rates are those of the steps, everything but the start included; "
-        "seconds to begin run from the command to the first event of the solver, Ray, imports and reading included.",
+        f"N = {n:,}, d = {d}, {per_atom} plain samples for each atom, assigner native. Rates are those of the steps, "
+        "looks and updates included; seconds to begin run from the command to the first event of the solver, Ray, "
+        "imports and reading included.",
         "",
-        "| grid | samples/s | of one process | s to begin | s of the start | MiB of a process | MB sent |",
-        "|---|---|---|---|---|---|---|",
+        "| grid | samples/s | of one process | s to begin | s of the start | MB sent |",
+        "|---|---|---|---|---|---|",
     ]
     for (workers, replicas), its in zip(GRIDS, found, strict=True):
         lines.append(
-            f"| {workers // replicas} x {replicas} | {its['rate']:,.0f} | {its['rate'] / base['rate']:.2f} | "
-            f"{its['begin']:.1f} | {its['start']:.1f} | {its['memory'] / 2**20:,.0f} | {its['sent'] / 1e6:,.1f} |"
+            f"| {workers // replicas} x {replicas} | {its['rate']:,.0f} | {its['rate'] / found[0]['rate']:.2f} | "
+            f"{its['begin']:.1f} | {its['start']:.1f} | {its['sent'] / 1e6:,.1f} |"
         )
+    return lines
+
+
+def memory(n: int, d: int, found: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        "",
+        f"Memory where latents are most of it: N = {n:,}, d = {d}, {4 * n * d / 2**20:,.0f} MiB as float32, and as "
+        "much again turned for orbits. The most that a process has held, less what it held before it read.",
+        "",
+        "| grid | MiB of a process | before | of one process |",
+        "|---|---|---|---|",
+    ]
+    base = found[0]["memory"] - found[0]["least"]
+    for (workers, _), its in zip(SHARES, found, strict=True):
+        own = its["memory"] - its["least"]
+        lines.append(f"| {workers} x 1 | {own / 2**20:,.0f} | {its['least'] / 2**20:,.0f} | {own / base:.2f} |")
     return lines
 
 
@@ -128,14 +156,15 @@ def losses(folder: Path, kills: int) -> list[str]:
     )
     events: list[dict[str, Any]] = []
     luck = random.Random(0)
-    left = [kills]
+    left = kills
 
     def listen(event: dict[str, Any]) -> None:
+        nonlocal left
         events.append(event)
-        if event["event"] in ("begin", "resume") and left[0]:
-            left[0] -= 1
+        if left and (event["event"] == "resume" or (event["event"] == "checkpoint" and left == kills)):
+            left -= 1
             pids = next(e["pids"] for e in reversed(events) if e["event"] == "workers")
-            threading.Timer(luck.uniform(0.3, 2.5), os.kill, (luck.choice(pids), signal.SIGKILL)).start()
+            threading.Timer(luck.uniform(0.5, 3.0), os.kill, (luck.choice(pids), signal.SIGKILL)).start()
 
     task: Task = Solve(latents, "gaussian", None, options, folder / "losses.zarr")
     began = time.monotonic()
@@ -159,7 +188,7 @@ def losses(folder: Path, kills: int) -> list[str]:
     difference = np.abs(found.heights - alone.heights).max() / np.abs(alone.heights).max()
     return [
         "",
-        f"Killed {groups - 1} times in one run of two workers (N = {n:,}, d = {d}, SIGKILL 0.3 to 2.5 s after a start, "
+        f"Killed {groups - 1} times in one run of two workers (N = {n:,}, d = {d}, SIGKILL 0.5 to 3 s after a start, "
         f"first or second worker by chance): the run ended by itself after {taken:.0f} s, {saved} checkpoints, "
         f"{redone} steps done twice. Heights differ from those of one process that was left alone by {difference:.1e} "
         f"of the largest; chi2 of the certificates {found.certificate.chi2:.6f} and {alone.certificate.chi2:.6f}.",
