@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ import distot
 from cluster.workers import Shape, on_workers
 from distot.schedule import Options
 from distot.solution import Solution
+from distot.store import Place
 from distot.work import Solve
 
 CLOUD = np.random.default_rng(3).standard_normal((3000, 5)) * np.linspace(2, 0.4, 5)
@@ -61,6 +61,6 @@ class Saboteur:
         return [record for record in self.events if record["event"] == event]
 
 
-def solved(shape: Shape, run: Path, listen: Any = None, options: Options = OPTIONS, latents: Any = CLOUD) -> Solution:
+def solved(shape: Shape, run: Place, listen: Any = None, options: Options = OPTIONS, latents: Any = CLOUD) -> Solution:
     found: Solution = on_workers(Solve(latents, "gaussian", None, options, run), shape, False, listen)
     return found

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,11 @@ from typing import Any
 import boto3
 import numpy as np
 import pytest
+import sabotage
 from moto.server import ThreadedMotoServer
 
 import distot
+from cluster.workers import Shape
 from distot.cli import main as command
 from distot.errors import DistotWarning, InputError, StoreError
 from distot.ingest import ingest
@@ -269,6 +272,25 @@ def test_a_writer_that_was_silent_for_too_long_stops(bucket: str, reference_run:
     assert describe(run)["checkpoint"]
     owner.unlink()
     assert_same(distot.resume(run, progress=False), reference_run)
+
+
+def test_workers_share_a_bucket(bucket: str) -> None:
+    """The first worker, which holds the lease, is killed; the next one of its group need not wait for the lease."""
+    latents, run = Url(f"{bucket}/z.zarr"), Url(f"{bucket}/run.zarr")
+    copy_latents(sabotage.CLOUD, None, latents, "test")
+
+    class Killer(sabotage.Saboteur):
+        def __call__(self, event: dict[str, Any]) -> None:
+            super().__call__(event)
+            if event["event"] == "checkpoint" and len(self.said("checkpoint")) == 1:
+                os.kill(self.pids[0], signal.SIGKILL)
+
+    killer = Killer(0)
+    options = replace(sabotage.OPTIONS, checkpoint_seconds=1.0)
+    sabotage.assert_right(sabotage.solved(Shape(2), run, killer, options, latents))
+    dead, alive = killer.said("warning")[0]["time"], killer.said("resume")[0]["time"]
+    assert alive - dead < lock.LEASE
+    sabotage.assert_right(distot.load(str(run)))
 
 
 def test_a_killed_writer_leaves_what_it_had_committed(

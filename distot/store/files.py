@@ -127,8 +127,7 @@ def remove(folder: Place) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         return
     with suppress(StoreError):  # debris does no harm
-        for name in folder.files():
-            (folder / name).unlink(missing_ok=True)
+        folder.remove()
 
 
 def need_space(path: Place, wanted: int) -> None:

@@ -148,6 +148,11 @@ class Url:
             if not missing_ok:
                 raise
 
+    def remove(self) -> None:
+        """Deletes all files below."""
+        if names := [f"{self.key}/{name}" for name in self.files()]:
+            self._ask("delete", lambda: obstore.delete(self.bucket, names))
+
     def files(self) -> dict[str, tuple[int, datetime]]:
         """Size and time of all files below, by their names from here."""
         prefix = f"{self.key}/" if self.key else ""

@@ -85,7 +85,7 @@ class Run:
 
     def __init__(self, path: str | Place) -> None:
         self.path = as_place(path)
-        self._fence: Fence = lambda: None
+        self._fence: Fence = _open
         self._log = Log(self.path)
         file = self.path / "config.json"
         with explained("read", self.path):
@@ -139,6 +139,7 @@ class Run:
                 yield
             finally:
                 self._log.close()
+                self._fence = _open
 
     def _clear_debris(self) -> None:
         """Deletes checkpoints without a manifest, and files under names of their own making."""
@@ -253,6 +254,10 @@ class Run:
             return (self.path / "LATEST").read_bytes()
         except FileNotFoundError:
             return b""
+
+
+def _open() -> None:
+    """The fence of a run that nobody writes to."""
 
 
 def _agreed(world: Axis, work: Callable[[], T]) -> list[T]:
