@@ -10,15 +10,17 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from ray.job_submission import JobSubmissionClient
 
 import distot
 from cluster.submit import JobFailed, submit
 from distot.errors import InputError
+from distot.inspect import describe
 from distot.store import copy_latents
 
 
@@ -28,18 +30,24 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def wait_for_dashboard(address: str) -> None:
-    for _ in range(300):
-        try:
-            urllib.request.urlopen(f"{address}/api/version", timeout=2).close()
-            return
-        except OSError:
-            time.sleep(0.2)
-    raise TimeoutError(f"no dashboard at {address}")
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 100
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def answers(address: str) -> bool:
+    try:
+        urllib.request.urlopen(f"{address}/api/version", timeout=2).close()
+    except OSError:
+        return False
+    return True
 
 
 @pytest.fixture
 def dashboard(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setenv("RAY_JOB_STOP_WAIT_TIME_S", "120")
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     ports = [str(free_port()) for _ in range(4)]  # of its own, as other tests have a Ray at the same time
     names = ["--port", "--dashboard-port", "--dashboard-agent-listen-port", "--ray-client-server-port"]
@@ -49,7 +57,7 @@ def dashboard(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         head = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             address = f"http://127.0.0.1:{ports[1]}"
-            wait_for_dashboard(address)
+            wait_for(lambda: answers(address))
             yield address
         finally:
             os.killpg(head.pid, signal.SIGKILL)
@@ -69,6 +77,16 @@ def test_a_job_is_submitted_once_and_taken_up_again(dashboard: str, tmp_path: Pa
     assert any("the goal was reached" in line for line in said), said
     assert distot.load(run).certificate.chi2 < 0.15
     assert submit(task, dashboard, show=said.append) == f"{name[:-2]}-2"  # which finds nothing left to do
+    # a job that is stopped saves a checkpoint first
+    other = tmp_path / "other.zarr"
+    task = [str(latents), str(other), "--workers", "2", "--until-chi2", "none", "--max-samples", "1e9"]
+    name = submit([*task, "--checkpoint-seconds", "1000"], dashboard, wait=False, show=said.append)
+    client = JobSubmissionClient(dashboard)
+    wait_for(lambda: (other / "log.jsonl").exists() and '"event": "step"' in (other / "log.jsonl").read_text())
+    client.stop_job(name)
+    wait_for(lambda: client.get_job_status(name).is_terminal())
+    assert describe(other)["state"] == "interrupted"
+    assert "distot resume" in client.get_job_logs(name)
     with pytest.raises(JobFailed, match=r"failed.*exit code 1; submit it again"):
         submit([str(tmp_path / "none.zarr"), str(tmp_path / "b.zarr")], dashboard, show=said.append)
     assert any("does not exist" in line for line in said)
