@@ -6,7 +6,6 @@ the latents and owns their atoms: "own" counts those alone. Of equal latents the
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from distot.atoms import ROWS, Atoms, Framed, Reader, Rows, Stored, Whole, as_atoms, blocks, into_frame, tile_rows
 from distot.errors import InputError
+from distot.fingerprint import Fingerprint, combined
 from distot.grid import Axis, Grid, Split
 from distot.power import Array, Frame
 
@@ -28,43 +28,6 @@ UNEVEN = 8  # pieces of a store are kept whole where this many go to a share
 
 Cache = dict[Any, Any]
 """What a process has read of one problem, kept for when it has to build the same share again."""
-
-
-class Fingerprint:
-    """Content hash of latents, fed row blocks of any size; the same for the same rows, shape and dtype."""
-
-    def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-        self.shape, self.little = shape, dtype.newbyteorder("<")
-        self.digests: list[bytes] = []  # of blocks of ROWS rows
-        self.block, self.filled = hashlib.sha256(), 0
-
-    def update(self, rows: NDArray[Any]) -> None:
-        rows = np.ascontiguousarray(rows, dtype=self.little)
-        while len(rows):
-            part, rows = rows[: ROWS - self.filled], rows[ROWS - self.filled :]
-            self.block.update(part.data)
-            self.filled += len(part)
-            if self.filled == ROWS:
-                self._close()
-
-    def _close(self) -> None:
-        self.digests.append(self.block.digest())
-        self.block, self.filled = hashlib.sha256(), 0
-
-    def closed(self) -> list[bytes]:
-        """Digests of all blocks, the last one as far as it is filled."""
-        return [*self.digests, self.block.digest()] if self.filled else self.digests
-
-    def hexdigest(self) -> str:
-        return combined(self.shape, self.little, self.closed())
-
-
-def combined(shape: tuple[int, ...], dtype: np.dtype[Any], digests: list[bytes]) -> str:
-    """The fingerprint of latents from the digests of all their blocks; an empty one follows if the last is full."""
-    total = hashlib.sha256(f"{tuple(int(n) for n in shape)} {dtype.newbyteorder('<').str}".encode())
-    for digest in digests if shape[0] % ROWS else [*digests, hashlib.sha256().digest()]:
-        total.update(digest)
-    return total.hexdigest()
 
 
 @dataclass(frozen=True)

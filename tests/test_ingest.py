@@ -21,9 +21,9 @@ import zarr
 
 from distot import readers as module
 from distot.errors import DistotError, InputError, StoreError
+from distot.fingerprint import Fingerprint
 from distot.ingest import ingest
 from distot.store import new_latents, open_latents
-from distot.target import Fingerprint
 
 N, D = 700, 6
 Z = np.random.default_rng(1).standard_normal((N, D)).astype(np.float32)

@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 import distot
 from distot.atoms import ROWS
 from distot.errors import DistotWarning, InputError
+from distot.fingerprint import Fingerprint
 from distot.grid import Grid
 from distot.power import Frame
 from distot.problem import build_problem
-from distot.target import Fingerprint, Target, build_target
+from distot.target import Target, build_target
 
 UNIT = (np.zeros(2), np.eye(2))
 GOOD = np.random.default_rng(0).standard_normal((10, 2))

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec
 
 from distot.errors import InputError, StoreError
+from distot.fingerprint import Fingerprint
 from distot.store.arrays import check_complete, meaningful, open_node, read, readable, write_vector
 from distot.store.files import need_space, new_folder
 from distot.store.places import Place, as_place, zarr_store
-from distot.target import Fingerprint
 
 FORMAT, VERSION = "distot-latents", 1
 CHUNK_BYTES, CHUNKS_PER_SHARD = 2 << 20, 32
