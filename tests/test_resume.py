@@ -16,7 +16,7 @@ import distot
 from distot.errors import InputError, StoreError
 from distot.store import Run, copy_latents
 
-TASK = ("--until-chi2", "0.05", "--max-samples", "30000")  # looks and close looks; whichever comes first ends it
+TASK = ("--until-chi2", "0.02", "--max-samples", "90000")  # looks and close looks; whichever comes first ends it
 OFTEN = ("--checkpoint-seconds", "0.02")
 INT, TERM, KILL = signal.SIGINT, signal.SIGTERM, signal.SIGKILL
 HOW = [pytest.param(INT, 130, id="Ctrl-C"), pytest.param(TERM, 143, id="SIGTERM"), pytest.param(KILL, -9, id="kill -9")]
