@@ -29,7 +29,19 @@ from distot.cli import main as command
 from distot.errors import DistotWarning, InputError, StoreError
 from distot.ingest import ingest
 from distot.inspect import describe
-from distot.store import Run, TakenOver, Url, as_place, copy_latents, lock, open_latents, places, reference, referred
+from distot.store import (
+    Run,
+    TakenOver,
+    Url,
+    as_place,
+    copy_latents,
+    files,
+    lock,
+    open_latents,
+    places,
+    reference,
+    referred,
+)
 from jobs.solve import main as solve_or_go_on
 
 CLOUD = np.random.default_rng(3).standard_normal((1500, 4)) * np.linspace(2, 0.4, 4)
@@ -237,6 +249,16 @@ def test_a_store_that_is_gone_for_a_while(
     assert kinds.index("checkpoint") < kinds.index("warning")
     assert "checkpoint" in kinds[kinds.index("warning") :]
     assert_same(distot.load(run), reference_run)
+
+
+def test_two_that_make_the_same_run(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second one, which has looked before the first began to write, is refused and deletes nothing."""
+    with files.new_folder(Url(f"{bucket}/new")) as folder:
+        (folder / "precious").write_bytes(b"kept")
+        monkeypatch.setattr(Url, "exists", lambda self: False)
+        with pytest.raises(StoreError, match="another process is making"), files.new_folder(Url(f"{bucket}/new")):
+            pytest.fail("two are at it")
+    assert list(Url(f"{bucket}/new").files()) == ["precious"]
 
 
 def test_a_second_writer_is_refused_and_a_dead_one_replaced(

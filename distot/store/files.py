@@ -78,13 +78,18 @@ def write_atomically(path: Place, text: str) -> None:
 def new_folder(path: Place) -> Iterator[Place]:
     """A folder to fill, which gets its name only when filled and flushed. Raises StoreError if the name is taken.
 
-    In an object store the names are there at once: what is filled there must say that it is complete, at the end.
+    In an object store the names are there at once: what is filled there must say that it is complete, at the end. A
+    claim keeps a second process out until then.
     """
     if path.exists():
         raise StoreError(f"{path} exists already; choose another name or delete it first")
     if isinstance(path, Url):
+        claim = path / ".claim"
+        if claim.swap(secrets.token_bytes(8), None) is None:
+            raise StoreError(f"another process is making {path}; choose another name")
         try:
             yield path
+            claim.unlink()
         except BaseException:
             remove(path)
             raise
