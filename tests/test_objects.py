@@ -343,7 +343,7 @@ def test_a_damaged_checkpoint_is_passed_over(bucket: str, reference_run: distot.
     run = f"{bucket}/run.zarr"
     distot.solve(CLOUD, run=run, progress=False, checkpoint_seconds=0.5, **WHOLE)
     folder = Url(run) / "checkpoints"
-    newest = folder / Run(run)._committed()[0].name
+    newest = folder / Run(run).checkpoints.committed()[0].name
     name = next(name for name in newest.files() if "/heights/c" in name)
     data = (newest / name).read_bytes()
     (newest / name).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))

@@ -8,7 +8,8 @@ from distot.store.files import explained, need_space, new_file
 from distot.store.latents import Latents, LatentsWriter, copy_latents, new_latents, open_latents
 from distot.store.lock import TakenOver
 from distot.store.places import Place, Url, as_place, reference, referred
-from distot.store.runs import Checkpoint, Dropped, Part, Run
+from distot.store.runs import Run
+from distot.store.shelf import Checkpoint, Dropped, Part
 
 __all__ = [
     "Checkpoint",
