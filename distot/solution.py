@@ -16,10 +16,13 @@ from torch import Tensor
 
 from distot.assign import Assigner
 from distot.atoms import Rows
-from distot.certify import Certificate, certify
+from distot.cells import Cells, Sums, by_latent, measure
+from distot.certify import Certificate, certify, default_samples
+from distot.entropic import potential
 from distot.errors import InputError
+from distot.generate import Generated, Generator, Mixing
 from distot.grid import Axis
-from distot.power import Array
+from distot.power import Array, heights_to_weights
 from distot.problem import Problem
 from distot.schedule import Check, Options
 from distot.solver import Progress, entropic_part
@@ -64,6 +67,7 @@ class Solution:
 
     def __init__(self, facts: Facts, certificate: Certificate | None, hold: Callable[[], Held]) -> None:
         self.facts, self._certificate, self._hold = facts, certificate, hold
+        self._sums: Sums | None = None
         self.scratch: object = None  # temporary files that must live as long as this does
 
     @cached_property
@@ -99,6 +103,11 @@ class Solution:
         target = self.problem.target
         average = self.held.progress.state.average.cpu().numpy()
         return target.spread(self.problem.frame.heights_out(average, target.tilt, target.mass))
+
+    @property
+    def weights(self) -> Array:
+        """Laguerre weights w (N,) of ``heights``, math (6): the potential g of POT and OTT, math (7)."""
+        return heights_to_weights(self.heights, self._latents(np.arange(self.facts.shape[0])))
 
     @property
     def kept(self) -> Certificate | None:
@@ -158,17 +167,10 @@ class Solution:
         Raises InputError for a wrong shape or NaN.
         """
         target, frame = self.problem.target, self.problem.frame
-        values = (
-            x.detach().cpu().double() if isinstance(x, Tensor) else torch.as_tensor(np.asarray(x, dtype=np.float64))
-        )
-        if values.ndim != 2 or values.shape[1] != target.dim:
-            raise InputError(f"samples must have shape (B, {target.dim}), not {tuple(values.shape)}")
-        if not bool(torch.isfinite(values).all()):
-            raise InputError("samples contain NaN or Inf; remove or mend them")
         heights = self.held.progress.state.average
         found = [
             self.held.assigner(frame.source_in(part).to(heights.device), heights, k=1).index[:, 0].cpu()
-            for part in values.split(BLOCK)
+            for part in self._checked(x).split(BLOCK)
             if len(part)
         ]
         winner = torch.cat(found) if found else torch.empty(0, dtype=torch.int64)
@@ -176,7 +178,90 @@ class Solution:
 
     def map(self, x: ArrayLike | Tensor) -> NDArray[Any]:
         """The OT map T(x) = y_i (B, d), math (5): the latents themselves, in their own dtype."""
-        index = self.assign(x)
+        return self._latents(self.assign(x))
+
+    def potential(self, x: ArrayLike | Tensor) -> Array:
+        """The Brenier potential u_h(x) = max_i <x, y_i> + h_i (B,) in float64, math (1), with h as in ``heights``.
+
+        At a fixed epsilon it is epsilon log sum_i exp((<x, y_i> + h_i) / epsilon). Raises InputError as ``assign``.
+        """
+        values = self._checked(x)
+        soft, frame, target = entropic_part(self.problem, self.options), self.problem.frame, self.problem.target
+        average = self.held.progress.state.average
+        if soft is None:
+            index = self.assign(values)
+            best = np.einsum("bd,bd->b", values.numpy(), self._latents(index).astype(np.float64))
+            return best + self.heights[index]
+        parts = [
+            potential(self.problem, frame.source_in(part).to(average.device), average, soft.epsilon).cpu()
+            for part in values.split(BLOCK)
+        ]
+        constant = float(target.mass @ (frame.unit * average.cpu().numpy() - target.tilt))
+        found = frame.unit * torch.cat([torch.empty(0, dtype=torch.float64), *parts]).numpy()
+        return found + values.numpy() @ frame.target_centre - constant
+
+    def cells(self, samples: int | None = None) -> Cells:
+        """Mass, centre, cost and margin of every power cell, from 10 fresh samples for each latent, or ``samples``.
+
+        A run folder may hold them already (``distot generate`` keeps what it needs there). Raises InputError for fewer
+        than two samples.
+        """
+        if samples is not None and samples < 2:
+            raise InputError(f"statistics of cells need at least 2 samples, not {samples}")
+        return by_latent(self.problem, self.sums(samples), self.held.mass)
+
+    def sums(self, samples: int | None = None) -> Sums:
+        """What ``cells`` is made of; without a number of samples, those of the run folder or of an earlier call."""
+        held, step = self.held, self.held.progress.state.step
+        if samples is not None:
+            return measure(held.problem, held.assigner, held.progress.state.average, samples)
+        if self._sums is None and self.run is not None:
+            saved = self.run.cells.load()
+            if saved is not None and saved.scalars["step"] == step:
+                self._sums = Sums.stored(saved, held.problem)
+        if self._sums is None:
+            self._sums = self.sums(default_samples(held.problem.target.n))
+        return self._sums
+
+    def generate(
+        self,
+        n: int,
+        *,
+        k: int | None = None,
+        threshold: float | None = None,
+        quantile: float = 0.9,
+        balance: bool = False,
+        seed: int | None = None,
+    ) -> Generated:
+        """n new latents by the extended map of AE-OT, math (15), from noise that only ``seed`` decides (the solve's).
+
+        k, threshold, quantile, balance: which cells may mix, see ``distot.Mixing``. The first call measures the cells,
+        see ``cells``. Raises InputError if k exceeds the number of different latents, or all noise is refused.
+        """
+        if n < 1:
+            raise InputError(f"the number of samples must be at least 1, not {n}")
+        mixing = Mixing(k, threshold, quantile, balance)
+        return self.generator(mixing, seed).take(n)
+
+    def generator(self, mixing: Mixing, seed: int | None = None) -> Generator:
+        """What ``generate`` draws from."""
+        held = self.held
+        seed = held.problem.seed if seed is None else seed
+        return Generator(held.problem, held.assigner, held.progress.state.average, self.sums(), mixing, seed)
+
+    def _checked(self, x: ArrayLike | Tensor) -> Tensor:
+        """Samples (B, d) float64 on the CPU. Raises InputError for a wrong shape or NaN."""
+        dim = self.problem.target.dim
+        values = (
+            x.detach().cpu().double() if isinstance(x, Tensor) else torch.as_tensor(np.asarray(x, dtype=np.float64))
+        )
+        if values.ndim != 2 or values.shape[1] != dim:
+            raise InputError(f"samples must have shape (B, {dim}), not {tuple(values.shape)}")
+        if not bool(torch.isfinite(values).all()):
+            raise InputError("samples contain NaN or Inf; remove or mend them")
+        return values
+
+    def _latents(self, index: NDArray[np.int64]) -> NDArray[Any]:
         latents = self.held.latents
         return latents.take(index) if isinstance(latents, Latents) else np.asarray(latents)[index]
 

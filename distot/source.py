@@ -37,6 +37,8 @@ class Stream(enum.IntEnum):
     CHECK = 3
     CERTIFY = 4
     MOMENTS = 5
+    CELLS = 6
+    GENERATE = 7
 
 
 class Key(NamedTuple):
