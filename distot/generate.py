@@ -41,9 +41,10 @@ class Mixing:
     """How cells are mixed.
 
     k: best cells of a sample that are looked at; None: 20, or all if there are fewer.
-    threshold: largest angle, in radians, between the normals (y, -1) of cells that may mix, y in user units as in AE-OT.
-    quantile: without a threshold it is this quantile of the angles between the best and the second best cell of samples,
-        with y centred and scaled, so that neither shift nor scale of the latents matters.
+    threshold: largest angle, in radians, between the normals (y, -1) of cells that may mix, y in user units as AE-OT
+        has it.
+    quantile: without a threshold it is this quantile of the angles between the best and the second best cell of
+        samples, with y centred and scaled, so that neither shift nor scale of the latents matters.
     balance: noise without a neighbour to mix with gives the latent itself instead of being refused, and samples are
         thinned so that the share of each latent comes closer to its wanted mass.
 
