@@ -15,6 +15,9 @@ from torch import Tensor
 
 from distot import work
 from distot.case import Listen, Room
+from distot.errors import InputError
+from distot.generate import Mixing
+from distot.outputs import AssignFile, Generate, Made
 from distot.schedule import Options
 from distot.solution import Solution
 from distot.store import Place, Url, as_place
@@ -180,15 +183,51 @@ def assign_file(
 ) -> int:
     """The latent whose power cell holds each sample, math (2), for samples that may be larger than memory; how many.
 
-    samples: (B, d) array, npy file or zarr array. out: npy file to write, (B,) int64. workers, replicas, ray: as in
-    ``solve``. For a few samples ``load(run).assign(x)`` is the same without files.
+    samples: (B, d) array, npy file or zarr array. out: what to write, (B,) int64: an npy file, or a zarr store with the
+    array ``index``, which can be read as far as it is written, and behind which the same call goes on. workers,
+    replicas, ray: as in ``solve``. For a few samples ``load(run).assign(x)`` is the same without files.
 
     Raises InputError for samples of another shape, NaN, or a file that cannot be read; StoreError as ``load`` does.
     """
     given = as_place(samples) if isinstance(samples, str | Path | Url) else np.asarray(samples)
-    task = work.AssignFile(as_place(run), source, _path(latents), _on(device), samples=given, out=as_place(out))
+    task = AssignFile(as_place(run), source, _path(latents), _on(device), samples=given, out=as_place(out))
     found: int = _do(task, workers, replicas, ray, device)
     return found
+
+
+def generate_file(
+    run: str | Place,
+    out: str | Place,
+    n: int,
+    *,
+    k: int | None = None,
+    threshold: float | None = None,
+    quantile: float = Mixing.quantile,
+    balance: bool = False,
+    seed: int | None = None,
+    source: object = None,
+    latents: ArrayLike | Tensor | str | Place | None = None,
+    device: str | None = None,
+    workers: int | None = None,
+    replicas: int = 1,
+    ray: str | None = None,
+) -> Made:
+    """n new latents by the extended map of AE-OT, math (15), written to a zarr store in a stream.
+
+    out: a store with the arrays ``z`` (n, d) float32 and ``index`` (n,), the latents whose cells hold the noise. It can
+    be read as far as it is written, and the same call goes on behind that. k, threshold, quantile, balance: see
+    ``distot.Mixing``; seed: of the noise, the run's own if not given. Statistics of the cells are measured if the run
+    has none yet, and kept there. workers, replicas, ray: as in ``solve``.
+
+    Raises InputError for k above the number of different latents, or if all noise is refused; StoreError as ``load``
+    does, or if the disk is full.
+    """
+    if n < 1:
+        raise InputError(f"the number of samples must be at least 1, not {n}")
+    mixing = Mixing(k, threshold, quantile, balance)
+    its = as_place(run), source, _path(latents), _on(device)
+    made: Made = _do(Generate(*its, out=as_place(out), n=n, mixing=mixing, seed=seed), workers, replicas, ray, device)
+    return made
 
 
 def _do(

@@ -10,8 +10,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from distot.errors import InputError
-from distot.store import as_place
+from distot.store import as_place, read_npy
 
 
 def parse_count(text: str) -> int:
@@ -79,9 +78,4 @@ RunPath = Annotated[Any, typer.Argument(parser=as_place, metavar="RUN.zarr", hel
 
 def numbers(path: Path | None, default: float) -> Any:
     """The array in an npy file, or the default if no file is given. Raises InputError if it cannot be read."""
-    if path is None:
-        return default
-    try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as an npy file: {error}") from error
+    return default if path is None else np.array(read_npy(path))

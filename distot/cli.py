@@ -1,4 +1,4 @@
-"""The command line: ingest, solve, resume, certify, inspect.
+"""The command line.
 
 Exit codes: 0 done, 1 bad input or failure, 3 stopped by the budget before the goal, 130 after Ctrl-C, 143 after
 SIGTERM.
@@ -12,9 +12,11 @@ import math
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
+import numpy as np
 import typer
 
 import distot
@@ -42,7 +44,7 @@ from distot.inspect import describe
 from distot.plan import parse_machines, plan, table
 from distot.solution import Interrupted, Solution
 from distot.source import Ball, Cube, Gaussian, Sphere
-from distot.store import Place, as_place, open_latents
+from distot.store import Place, as_place, new_file, open_latents
 
 app = typer.Typer(
     add_completion=False,
@@ -139,7 +141,9 @@ def solve(
     init: Annotated[
         Any,
         typer.Option(
-            parser=as_place, metavar="RUN.zarr", help="Start from the heights of this run; latents may differ."
+            parser=as_place,
+            metavar="RUN",
+            help="Start from this run, also of other latents, or from heights in an npy file.",
         ),
     ] = None,
     epsilon: Annotated[
@@ -256,7 +260,7 @@ def assign(
     samples: Annotated[Any, typer.Argument(parser=as_place, metavar="SAMPLES", help="npy file or zarr array (B, d).")],
     out: Annotated[
         Any,
-        typer.Argument(parser=as_place, metavar="OUT.npy", help="File to write: one latent's number for each sample."),
+        typer.Argument(parser=as_place, metavar="OUT", help="npy file or zarr store to write: a latent's number each."),
     ],
     latents: Moved = None,
     device: Device = None,
@@ -272,6 +276,78 @@ def assign(
         run, samples, out, latents=latents, device=device, workers=workers, replicas=replicas, ray=ray
     )
     print(f"{out}: the latents of {count:,} samples")
+    return 0
+
+
+@app.command()
+def generate(
+    run: RunPath,
+    out: Annotated[Any, typer.Argument(parser=as_place, metavar="OUT.zarr", help="The store of new latents to make.")],
+    n: Annotated[int, typer.Option("-n", "--samples", parser=parse_count, metavar="COUNT", help="How many.")],
+    k: Annotated[int | None, typer.Option(help="Cells that may mix; default: 20.")] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Largest angle of cells that mix, in radians, as in AE-OT.")
+    ] = None,
+    quantile: Annotated[
+        float, typer.Option(help="Without a threshold: this quantile of the angles between neighbours.")
+    ] = distot.Mixing.quantile,
+    balance: Annotated[
+        bool, typer.Option("--balance", help="Keep each latent's share: give the latent itself instead of refusing.")
+    ] = False,
+    seed: Annotated[int | None, typer.Option(help="Of the noise; default: the run's.")] = None,
+    latents: Moved = None,
+    device: Device = None,
+    workers: Workers = None,
+    replicas: Replicas = 1,
+    ray: RayAddress = None,
+    as_json: Json = False,
+) -> int:
+    """Make new latents by the extended map of AE-OT: mixtures of neighbours, never across a gap.
+
+    Example: distot generate run.zarr new.zarr -n 100000
+    """
+    made = distot.generate_file(
+        run,
+        out,
+        n,
+        k=k,
+        threshold=threshold,
+        quantile=quantile,
+        balance=balance,
+        seed=seed,
+        latents=latents,
+        device=device,
+        workers=workers,
+        replicas=replicas,
+        ray=ray,
+    )
+    if as_json:
+        print_json({"path": str(out)} | asdict(made))
+        return 0
+    became = "gave latents themselves" if balance else "were refused"
+    print(f"{out}: {made.samples:,} new latents, in the array z; largest angle mixed {made.threshold:.3g}")
+    print(f"{made.singular:,} of {made.drawn:,} samples of noise had no neighbour to mix with and {became}")
+    return 0
+
+
+@app.command()
+def export(
+    run: RunPath,
+    out: Annotated[Path, typer.Argument(metavar="OUT.npy", help="npy file to write, (N,) float64.")],
+    convention: Annotated[
+        Literal["heights", "pot", "ott"],
+        typer.Option("--as", help="heights h, or the potential g of POT or OTT: 2 h + |y|², up to a constant."),
+    ] = "heights",
+    latents: Moved = None,
+) -> int:
+    """Write the heights of a run as another library takes them; `distot solve --init OUT.npy` takes heights back.
+
+    Example: distot export run.zarr g.npy --as pot
+    """
+    solution = distot.load(run, latents=latents)
+    with new_file(out) as partial, partial.open("wb") as file:
+        np.save(file, solution.heights if convention == "heights" else solution.weights)
+    print(f"{out}: {solution.facts.shape[0]:,} numbers")
     return 0
 
 

@@ -70,7 +70,8 @@ class Generated:
     """Samples of the extended map (15) in user units, with the noise that they came from.
 
     singular: noise for which no neighbouring cell is near enough to mix with: the singular set of the transport map, as
-    far as it was met; singular_index: the latents whose cells hold it. drawn: samples of noise in all.
+    far as it was met; singular_index: the latents whose cells hold it. drawn: samples of noise in all. threshold: the
+    largest angle of cells that were mixed.
     """
 
     samples: NDArray[np.float32]  # (n, d)
@@ -79,6 +80,7 @@ class Generated:
     drawn: int
     singular: Array  # (s, d)
     singular_index: NDArray[np.int64]  # (s,)
+    threshold: float
 
 
 class Generator:
@@ -133,7 +135,7 @@ class Generator:
             made.append(block)
             if sum(len(its.index) for its in made) >= n:
                 break
-        samples, noise, index, drawn, singular, singular_index = zip(*map(astuple, made), strict=True)
+        samples, noise, index, drawn, singular, singular_index, _ = zip(*map(astuple, made), strict=True)
         return Generated(
             np.concatenate(samples)[:n],
             np.concatenate(noise)[:n],
@@ -141,6 +143,7 @@ class Generator:
             sum(drawn),
             np.concatenate(singular),
             np.concatenate(singular_index),
+            self.threshold,
         )
 
     def _block(self, number: int) -> Generated:
@@ -154,7 +157,8 @@ class Generator:
         index = split.pick(torch.from_numpy(self.problem.target.original), torch.from_numpy(winner)).numpy()
         frame = self.problem.frame
         noise = frame.source_centre + frame.source_scale * x.double().cpu().numpy()
-        return Generated(samples[kept], noise[kept], index[kept], len(x), noise[alone], index[alone])
+        made = samples[kept], noise[kept], index[kept]
+        return Generated(*made, len(x), noise[alone], index[alone], self.threshold)
 
     def _mixed(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Extended map (15) of x (b, d) in the frame: samples (b, d) float32 in user units, best cells (b,), and which

@@ -216,9 +216,7 @@ class Solution:
         if samples is not None:
             return measure(held.problem, held.assigner, held.progress.state.average, samples)
         if self._sums is None and self.run is not None:
-            saved = self.run.cells.load()
-            if saved is not None and saved.scalars["step"] == step:
-                self._sums = Sums.stored(saved, held.problem)
+            self._sums = stored_sums(self.run, held.problem, step)
         if self._sums is None:
             self._sums = self.sums(default_samples(held.problem.target.n))
         return self._sums
@@ -278,6 +276,12 @@ class Solution:
             if self._certificate is not None:
                 run.save_json("certificate.json", self._certificate.to_dict() | {"step": progress.state.step})
         return run.path
+
+
+def stored_sums(run: Run, problem: Problem, step: int) -> Sums | None:
+    """What a run folder holds on the cells of own atoms, if it is on the heights of this step."""
+    saved = run.cells.load(problem.grid.world)
+    return Sums.stored(saved, problem) if saved is not None and saved.scalars["step"] == step else None
 
 
 class Interrupted(KeyboardInterrupt):

@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import signal
 import warnings
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
 from distot import descent, solver, start
-from distot.atoms import ROWS, Rows
 from distot.case import Case, Room, locked, new_case, open_case
 from distot.errors import DistotWarning, InputError, StoreError
 from distot.problem import Problem
@@ -27,7 +24,7 @@ from distot.progress import listener
 from distot.schedule import Options, StopRule
 from distot.solution import Interrupted, Solution
 from distot.solver import Progress
-from distot.store import Place, Run, Url, as_place, need_space, new_file, open_latents
+from distot.store import Place, Run, Url, as_place, need_space, read_npy
 from distot.watch import Watch, signals
 
 
@@ -164,49 +161,11 @@ class Certify(Opened):
         return self
 
 
-@dataclass(frozen=True)
-class AssignFile(Opened):
-    """The latents of samples (B, d), written by the first process to the npy file ``out`` (B,); B.
-
-    Raises as ``api.assign_file`` does.
-    """
-
-    samples: Place | NDArray[Any] = field(kw_only=True)
-    out: Place = field(kw_only=True)
-
-    def __call__(self, room: Room) -> int:
-        rows, out = _samples(self.samples), self.out
-        solution = Load(self.run, self.source, self.latents, self.changes)(room)
-        with new_file(out) if room.grid.leads else nullcontext() as partial:
-            file = None if partial is None else open_memmap(partial, "w+", np.int64, (rows.shape[0],))
-            for first in range(0, rows.shape[0], ROWS):
-                found = solution.assign(np.asarray(rows[first : first + ROWS]))
-                if file is not None:
-                    file[first : first + len(found)] = found
-            if file is not None:
-                file.flush()
-        return int(rows.shape[0])
-
-    def again(self) -> Task:
-        return self
-
-
-def _samples(samples: Place | NDArray[Any]) -> Rows:
-    """Samples that can be read by range. Raises InputError for what is no matrix of numbers."""
-    if isinstance(samples, Path) and samples.suffix == ".npy":
-        try:
-            samples = np.load(samples, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise InputError(f"{samples} cannot be read as an npy file: {error}") from error
-    rows = open_latents(samples) if isinstance(samples, Path | Url) else samples
-    if len(rows.shape) != 2 or rows.dtype.kind not in "fiu":
-        raise InputError(f"samples must be real and of shape (B, d), not {rows.dtype} {tuple(rows.shape)}")
-    return rows
-
-
 def _init(init: object, problem: Problem, options: Options, room: Room) -> NDArray[Any]:
     """Heights of own atoms in the frame for a warm start. Raises InputError for another shape, or not finite ones."""
     target = problem.target
+    if isinstance(init, str | Path | Url) and as_place(init).suffix == ".npy":
+        init = read_npy(Path(str(init)))
     if isinstance(init, str | Path | Url):
         init = Load(as_place(init), changes={"memory": options.memory})(replace(room, cache={}))
     if isinstance(init, Solution):

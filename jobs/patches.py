@@ -32,10 +32,11 @@ def patches(count: int, dim: int, seed: int = 0, whiten: bool = False, flips: bo
         np.lib.stride_tricks.sliding_window_view(picture, (SIDE, SIDE, 3)).reshape(-1, SIDE * SIDE * 3)
         for picture in pictures
     ]
-    every = np.unique(np.concatenate(windows), axis=0)
-    if count > len(every):
-        raise SystemExit(f"the pictures hold {len(every):,} distinct patches, {count:,} were asked for")
-    chosen = np.random.default_rng(seed).choice(len(every), count, replace=False)
+    every = np.concatenate(windows)
+    distinct = list({row: place for place, row in enumerate(every.view(f"V{every.shape[1]}")[:, 0].tolist())}.values())
+    if count > len(distinct):
+        raise SystemExit(f"the pictures hold {len(distinct):,} distinct patches, {count:,} were asked for")
+    chosen = np.random.default_rng(seed).choice(distinct, count, replace=False)
     values = every[chosen].astype(np.float32) / 255
     return PCA(dim, svd_solver="covariance_eigh", whiten=whiten).fit_transform(values).astype(np.float32)
 

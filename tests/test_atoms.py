@@ -472,18 +472,18 @@ print(status("VmHWM") - before)
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks of memory are Linux's to tell")
 def test_memory_is_what_was_promised(tmp_path: Path) -> None:
-    """Reading, checking, merging, the Gaussian heights and a certificate of 300,000 latents, 154 MB as float32: those
-    in memory as stored take 77 MB and some, those on disk some. What malloc keeps of freed blocks is not counted."""
-    n, d, some = 300_000, 128, 115e6
+    """Reading, checking, merging, the Gaussian heights and a certificate of 150,000 latents, 77 MB as float32:
+    those in memory as stored take 38 MB more than those on disk. What malloc keeps of freed blocks is not counted."""
+    n, d = 150_000, 128
     path, environment = tmp_path / "z.zarr", os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
     with new_latents(path, (n, d), "float16", "drawn for a test") as writer:
         for number in range(10):
             writer.write(np.random.default_rng(number).standard_normal((n // 10, d), dtype=np.float32))
     peaks = {}
-    for kept, memory in (("stored", 0.1), ("disk", 0.01)):
+    for kept, memory in (("stored", 0.05), ("disk", 0.01)):
         command = [sys.executable, "-c", MEASURED, str(path), str(memory)]
         done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
         peaks[kept] = int(done.stdout)
     print(peaks)
-    assert peaks["disk"] < some
-    assert 2 * n * d < peaks["stored"] < 2 * n * d + some
+    assert 0.6 < (peaks["stored"] - peaks["disk"]) / (2 * n * d) < 1.4
+    assert peaks["disk"] < 4 * n * d

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import cache
 from typing import Any
 
@@ -14,9 +15,11 @@ from numpy.typing import NDArray
 from distot import assign, descent, optim, start, tree
 from distot.assign import Winners
 from distot.assign.sharded import pack, unpack
+from distot.cells import VECTORS, measure
 from distot.certify import certify
 from distot.entropic import Soft
 from distot.errors import InputError
+from distot.generate import Generator, Mixing
 from distot.grid import Grid, check
 from distot.problem import Problem, build_problem
 from distot.source import Stream
@@ -24,6 +27,7 @@ from distot.target import divide
 
 SHAPES = [(2, 1), (2, 2), (1, 2), (3, 1)]  # by turns as if small and as if large
 N, D = 4000, 6
+ROUNDED = ("entropic", "cells", "made False", "made True")  # log-sum-exp, and centres of cells, are in float32
 
 
 def cloud(n: int = N, d: int = D) -> NDArray[np.float64]:
@@ -80,6 +84,11 @@ def everything(grid: Grid, talk: bool = False) -> dict[str, Any]:
     }
     found["certificate"] = certify(problem, search, state.average, 20_000).to_dict()
     found["entropic"] = certify(problem, search, state.average, 5_000, soft=Soft(0.1, 8)).to_dict()
+    sums = measure(problem, search, state.average, 20_000)
+    found["cells"] = {name: whole(problem, torch.from_numpy(getattr(sums, name))) for name in VECTORS}
+    for balance in (False, True):
+        made = Generator(problem, search, state.average, sums, Mixing(balance=balance), 4).take(5000)
+        found[f"made {balance}"] = asdict(made)
     moved = build_problem(cloud()[::-1] + 0.01, device="cpu", grid=grid)
     found["transfer"] = whole(moved, start.transfer(moved, problem, state.average, "native"))
     found["probe"] = start.probe(problem, search, state.average, None, lambda: None)
@@ -113,9 +122,9 @@ def assert_close(name: str, found: Any, expected: Any, relative: float = 1e-5) -
 def test_every_phase_gives_what_one_process_gives(shape: tuple[int, int], talk: bool) -> None:
     answers = on_grid(shape, everything, talk)
     for answer in answers:
-        # its log-sum-exp is computed in float32
-        assert_close("entropic", answer.pop("entropic"), alone()["entropic"], 1e-6)
-        assert_close("", answer, {name: its for name, its in alone().items() if name != "entropic"}, 1e-9)
+        for name in ROUNDED:
+            assert_close(name, answer.pop(name), alone()[name], 1e-6)
+        assert_close("", answer, {name: its for name, its in alone().items() if name not in ROUNDED}, 1e-9)
 
 
 def test_packed_keys_are_in_the_order_of_winners() -> None:

@@ -4,7 +4,7 @@ Nothing is ever half there: a store appears under its name by one rename, a chec
 and both only after every byte below them has been flushed to disk.
 """
 
-from distot.store.files import explained, need_space, new_file
+from distot.store.files import explained, need_space, new_file, read_npy
 from distot.store.latents import Latents, LatentsWriter, copy_latents, new_latents, open_latents
 from distot.store.lock import TakenOver
 from distot.store.places import Place, Url, as_place, reference, referred
@@ -32,6 +32,7 @@ __all__ = [
     "new_latents",
     "new_rows",
     "open_latents",
+    "read_npy",
     "reference",
     "referred",
 ]

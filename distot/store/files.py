@@ -10,8 +10,12 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-from distot.errors import StoreError
+import numpy as np
+from numpy.typing import NDArray
+
+from distot.errors import InputError, StoreError
 from distot.store.places import Place, Url
 
 
@@ -133,6 +137,14 @@ def remove(folder: Place) -> None:
         return
     with suppress(StoreError):  # debris does no harm
         folder.remove()
+
+
+def read_npy(path: Path) -> NDArray[Any]:
+    """The array in an npy file, read where it is used. Raises InputError if there is none."""
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as an npy file: {error}") from error
 
 
 def need_space(path: Place, wanted: int) -> None:

@@ -90,6 +90,11 @@ class RowWriter:
     def complete(self) -> bool:
         return self.written == self.rows
 
+    @property
+    def left(self) -> int:
+        """Rows that the shard at hand has room for."""
+        return self.shard - self.filled
+
     def write(self, values: Mapping[str, NDArray[Any]], state: dict[str, Any] | None = None) -> None:
         """Appends rows to every array; state: JSON that holds after them, kept with the shard that they fill.
 
