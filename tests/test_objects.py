@@ -30,6 +30,7 @@ from distot.errors import DistotWarning, InputError, StoreError
 from distot.ingest import ingest
 from distot.inspect import describe
 from distot.store import (
+    RowFile,
     Run,
     TakenOver,
     Url,
@@ -180,6 +181,8 @@ def test_ingest_solve_resume_assign(
     assert distot.assign_file(run, f"{bucket}/x.zarr", f"{bucket}/pairs.npy") == 70
     (tmp_path / "pairs.npy").write_bytes(Url(f"{bucket}/pairs.npy").read_bytes())
     assert np.array_equal(np.load(tmp_path / "pairs.npy"), reference_run.assign(x))
+    distot.generate_file(run, f"{bucket}/new.zarr", 3000)
+    assert np.array_equal(RowFile(f"{bucket}/new.zarr").read("z"), reference_run.generate(3000).samples)
     written = b"".join((Url(bucket) / name).read_bytes() for name in Url(bucket).files())
     printed = "".join(capfd.readouterr())
     assert SECRET not in printed

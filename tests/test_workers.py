@@ -20,6 +20,7 @@ from cluster.workers import Shape, WorkersLost
 from distot.errors import InputError
 from distot.schedule import Options
 from distot.solution import Interrupted
+from distot.store import RowFile
 
 pytestmark = pytest.mark.usefixtures("ray_here")
 
@@ -79,6 +80,10 @@ def test_resumes_on_any_grid(tmp_path: Path) -> None:
     here, there = np.load(tmp_path / "here.npy"), np.load(tmp_path / "there.npy")
     assert np.array_equal(here, there)
     assert np.array_equal(here, distot.load(run).assign(CLOUD[:1000] + 0.1))
+    made = distot.generate_file(run, tmp_path / "there.zarr", 6000, workers=2)
+    assert made.samples == distot.generate_file(run, tmp_path / "here.zarr", 6000).samples
+    near = RowFile(tmp_path / "here.zarr").read("z") - RowFile(tmp_path / "there.zarr").read("z")
+    assert np.quantile(np.abs(near), 0.999) < 1e-4
     again = distot.certify(run, 30_000, seed_step=1, workers=2)
     here_again = distot.certify(run, 30_000, seed_step=1)
     assert again.certificate.chi2 == pytest.approx(here_again.certificate.chi2, rel=1e-8)
