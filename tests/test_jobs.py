@@ -1,10 +1,9 @@
-"""What users copy works: the jobs, the demo in small, and the code in the README."""
+"""What users copy works: the jobs, and the demo in small."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -88,15 +87,6 @@ def test_classes_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert capsys.readouterr().out.count("state              until_chi2") == 2
     certify(str(folder / "10.run.zarr"), 2, None, None)
     assert "mean: chi2 0." in capsys.readouterr().out
-
-
-def test_code_in_the_readme(tmp_path: Path) -> None:
-    found = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert found is not None
-    chi2, limit = map(float, run("-c", found.group(1), folder=tmp_path).stdout.split())
-    assert chi2 < 0.06
-    assert limit > 0
-    assert (tmp_path / "run.zarr/config.json").exists()
 
 
 @pytest.mark.parametrize(("n", "works"), [(50, True), (500, False)])
