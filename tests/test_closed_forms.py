@@ -14,7 +14,7 @@ import distot
 from distot.power import heights_to_weights, weights_to_heights
 
 Array = NDArray[np.float64]
-SAMPLES = 60_000
+SAMPLES = 30_000
 
 
 def solve(latents: Array, source: object = "gaussian", mass: Array | None = None, samples: int = SAMPLES) -> Array:
@@ -47,7 +47,7 @@ class TestLine:
         generator = np.random.default_rng(1)
         y = np.sort(generator.exponential(size=12))
         mass = generator.dirichlet(np.full(12, 5.0))
-        h = solve(y[:, None], source, mass, samples=200_000)
+        h = solve(y[:, None], source, mass, samples=50_000)
         edges = -np.diff(h) / np.diff(y)
         assert np.abs(law.cdf(edges) - np.cumsum(mass)[:-1]).max() < 0.01
 
@@ -66,7 +66,7 @@ class TestTwoAtoms:
         y = np.zeros((2, dim))
         y[1, 0], y[1, -1] = 3.0, 4.0 if dim > 1 else 3.0
         distance = float(np.linalg.norm(y[1]))
-        h = solve(y, "gaussian", np.array([mass, 1 - mass]), samples=100_000)
+        h = solve(y, "gaussian", np.array([mass, 1 - mass]), samples=50_000)
         assert (h[0] - h[1]) / distance == pytest.approx(stats.norm.ppf(mass), abs=0.03)
 
 
@@ -89,7 +89,7 @@ class TestSymmetry:
         m = np.array([10.0, -20.0, 5.0])
         assert np.allclose(flat(solve(CUBE, distot.Gaussian(m))), flat(-CUBE @ m), atol=0.05)
 
-    @pytest.mark.parametrize("scale", [1e-6, 1e-3, 1e3, 1e6])
+    @pytest.mark.parametrize("scale", [1e-6, 1e6])
     def test_heights_scale_with_the_target(self, scale: float) -> None:
         y = np.random.default_rng(3).standard_normal((20, 3))
         assert np.allclose(solve(y * scale) / scale, solve(y), atol=1e-3)
@@ -133,7 +133,7 @@ class TestAgainstOtherTools:
         y = np.random.default_rng(4).standard_normal((8, 2))
         generator = np.random.default_rng(5)
         g = ot.semidiscrete.solve_semidiscrete(
-            y, sampler_source=lambda n: generator.standard_normal((n, 2)), max_iter=20_000, batch_size=32
+            y, sampler_source=lambda n: generator.standard_normal((n, 2)), max_iter=5_000, batch_size=64
         )
         ours = heights_to_weights(solve(y), y)
         assert np.allclose(flat(np.asarray(g)), flat(ours), atol=0.1)
@@ -146,7 +146,7 @@ class TestAgainstOtherTools:
         mass = generator.dirichlet(np.full(25, 4.0))
         exact = ot.emd2(np.full(400, 1 / 400), mass, ot.dist(x, y))
         solution = distot.solve(
-            y, x, mass, until_chi2=None, max_samples=200_000, certificate_samples=100_000, progress=False
+            y, x, mass, until_chi2=None, max_samples=60_000, certificate_samples=100_000, progress=False
         )
         found = solution.certificate
         assert found.w2_squared_limit <= exact
