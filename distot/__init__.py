@@ -3,12 +3,14 @@
 from distot.api import assign_file, certify, load, resume, solve
 from distot.certify import Certificate
 from distot.errors import DistotError, DistotWarning, InputError, StoreError
+from distot.exact import Cells
 from distot.power import heights_to_weights, weights_to_heights
 from distot.solution import Interrupted, Solution
 from distot.source import Ball, Cube, Gaussian, Sampler, Samples, Source, Sphere
 
 __all__ = [
     "Ball",
+    "Cells",
     "Certificate",
     "Cube",
     "DistotError",

@@ -16,8 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distot import descent, optim, schedule, start, tree
+from distot import descent, exact, newton, optim, schedule, start, tree
 from distot.assign import Assigner
+from distot.atoms import Rows
 from distot.certify import Certificate, cell_masses, certify, default_samples
 from distot.entropic import Soft
 from distot.errors import StoreError
@@ -33,6 +34,7 @@ SCALARS = ("drawn", "margin", "damping", "floor", "error", "step", "time", "samp
 VECTORS = ("heights", "average", "margin_sum", "margin_count")
 LATE = 2.0  # chi2 over the share of winners that the search may miss, from which on steps are exact
 RESERVE = 0.2  # at most this share of max_seconds is kept for the certificate
+FINISH = 0.5  # this share of max_seconds is kept for Newton's method, if masses are to be exact
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Progress:
     next_check: int
     history: tuple[Check, ...] = ()
     started: bool = True  # False if even the start was cut short; then it is done again on resume
-    reason: str | None = None  # "until_chi2", "max_samples", "max_seconds", "interrupted"; None while running
+    reason: str | None = None  # see solution.REASONS; None while running
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Arrays of a checkpoint: vectors of own atoms; own pairs (m, 2), and how many of each step they are."""
@@ -109,7 +111,7 @@ def begin(
     given = start.normal(problem).heights(problem.target.atoms) if init is None else torch.as_tensor(init)
     heights, samples = given.to(problem.target.atoms.device), 0
     spare = float("inf") if options.max_samples is None else options.max_samples // 4
-    reserve = RESERVE * (options.max_seconds or 0.0)
+    reserve = (RESERVE + FINISH * options.exact) * (options.max_seconds or 0.0)
     poll = partial(watch.poll, reserve)
     try:
         poll()
@@ -143,6 +145,7 @@ def iterate(problem: Problem, assigner: Assigner, options: Options, watch: Watch
             if told != (told := assigner.why):
                 watch.tell("assigner", assigner=assigner.name, why=told)
             reserve = certificate_seconds(options, n, watch.seconds_per_sample)
+            reserve += FINISH * options.exact * (options.max_seconds or 0.0)
             poll = partial(watch.poll, reserve)
             size = rule.size(state.samples, progress.history)
             if progress.next_check <= state.samples <= limit - size * work:
@@ -179,6 +182,34 @@ def iterate(problem: Problem, assigner: Assigner, options: Options, watch: Watch
         if problem.grid.world.size == 1:  # else the others are not here to write their parts
             watch.save(progress.state.step, progress.part(problem), progress.scalars())
         raise
+
+
+def finish(problem: Problem, rows: Rows, options: Options, watch: Watch, progress: Progress) -> Progress:
+    """Exact heights in the place of those from samples, if the options ask for them and sampling has ended: the reason
+    is "exact" then, or still "sampled" if Newton's method was stopped or failed, and the heights are as they were.
+
+    What sampling has found is saved before, so that another process can go on from there.
+    """
+    if not options.exact or not progress.started or progress.reason in ("interrupted", "exact"):
+        return progress
+    progress = replace(progress, reason="sampled")
+    watch.save(progress.state.step, progress.part(problem), progress.scalars())
+    reserve = certificate_seconds(options, problem.target.n, watch.seconds_per_sample)
+
+    def each(news: dict[str, float]) -> None:
+        watch.tell("newton", **news)
+        watch.poll(reserve)
+
+    try:
+        found = newton.solve(exact.plane(problem, rows), progress.state.average.cpu().numpy(), each)
+    except Stop:
+        return progress
+    if found.why is not None:
+        watch.warn(f"the masses are not exact: {found.why}")
+        return progress
+    heights = torch.as_tensor(found.heights - np.median(found.heights), device=progress.state.average.device)
+    state = replace(progress.state, heights=heights, average=heights, step=progress.state.step + 1)
+    return replace(progress, state=state, reason="exact")
 
 
 def late(options: Options, history: tuple[Check, ...]) -> bool:
