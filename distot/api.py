@@ -66,8 +66,8 @@ def solve(
         miss some where that is faster, until late in the run. Certificates are exact always.
     memory: GiB that latents may take in each process; None is 40 % of what is available. Latents that take more as
         float32 stay as they are stored, in memory if there is room, else on disk, for the same answer.
-    exact: goes on from the goal, or the end of the budget, by Newton's method on exact cell masses until none is wrong
-        by more than 1e-9 of itself; in the plane, from a Gaussian, Cube or Ball, in one process. See ``Solution.cells``.
+    exact: samples only until Newton's method on exact cell masses gets there from what they give: no mass is wrong by
+        more than 1e-9 of itself. In the plane, from a Gaussian, Cube or Ball, in one process; see ``Solution.cells``.
     run: a new run folder for checkpoints and the log, from which ``resume`` and ``load`` go on.
     workers, replicas: solves on that many processes, each ``replicas`` of which share the samples over the same
         latents while different ones have different latents; the answer is the same, to rounding. None is this process.

@@ -13,7 +13,9 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy import sparse
+from scipy.special import ndtri
 
 from distot.atoms import Rows
 from distot.errors import InputError
@@ -24,6 +26,7 @@ from distot.source import Ball, Cube, Gaussian, Source
 
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(12)
 PIECE = 2.0  # longest part of an edge, in standard deviations, that the nodes are spread over: the error is below 1e-16
+DOUBT = 32.0  # roundings of what the edges of a cell add to its mass and take away, that it may be wrong by
 FLAT = 1e8  # condition of M from which a normal distribution lies on a line
 
 
@@ -42,6 +45,10 @@ class Shape(ABC):
         """How far out the points z (m, 2) are (m,), by a norm: 1 on the border of where a cell of mass ``smallest``
         finds its place."""
 
+    @abstractmethod
+    def quantile(self, share: Array) -> Array:
+        """Coordinates (m,) that put ``share`` of the mass below them, roughly."""
+
 
 class Normal(Shape):
     """Standard normal. Beyond ten deviations is less than 1e-21 of it."""
@@ -59,12 +66,15 @@ class Normal(Shape):
         outer = -np.expm1(-0.5 * square)
         radial = np.divide(outer, square, out=np.full_like(outer, 0.5), where=square > 1e-30)
         weights = 0.5 * piece * WEIGHTS / (2 * np.pi)
-        density = np.bincount(row, ((1 - outer) * weights).sum(axis=1), len(length)).astype(np.float64)
+        density = np.bincount(row, (np.exp(-0.5 * square) * weights).sum(axis=1), len(length)).astype(np.float64)
         mass = distance * np.bincount(row, (radial * weights).sum(axis=1), len(length))
         return mass, -_outward(unit) * density[:, None], density
 
     def within(self, z: Array, smallest: float) -> Array:
         return norm(z) / np.sqrt(-2 * np.log(0.5 * smallest))
+
+    def quantile(self, share: Array) -> Array:
+        return ndtri(share)
 
 
 class Square(Shape):
@@ -78,6 +88,9 @@ class Square(Shape):
 
     def within(self, z: Array, smallest: float) -> Array:
         return 2 * np.abs(z).max(axis=1)
+
+    def quantile(self, share: Array) -> Array:
+        return share - 0.5
 
 
 class Disc(Shape):
@@ -104,6 +117,9 @@ class Disc(Shape):
     def within(self, z: Array, smallest: float) -> Array:
         return norm(z)
 
+    def quantile(self, share: Array) -> Array:
+        return 2**0.5 * (share - 0.5)  # in the square within
+
 
 def _line(start: Array, end: Array) -> tuple[Array, Array, Array]:
     """Length (m,) and direction (m, 2) of edges, and the distance (m,) of their lines from zero, positive if zero is on
@@ -120,12 +136,18 @@ def _outward(unit: Array) -> Array:
 
 @dataclass(frozen=True)
 class Measured:
-    """The cells of some heights: masses (n,), first moments (n, 2), and the density along edges (m,), integrated."""
+    """The cells of some heights."""
 
     edges: Edges
-    mass: Array
-    moment: Array
-    density: Array
+    mass: Array  # (n,)
+    moment: Array  # (n, 2), the integral of z over each cell
+    density: Array  # (m,), integrated along each edge
+    doubt: Array  # (n,), a mass that could be rounding
+
+    @property
+    def hidden(self) -> NDArray[np.bool_]:
+        """Empty cells (n,), as far as can be told."""
+        return self.mass <= self.doubt
 
 
 @dataclass(frozen=True)
@@ -142,9 +164,10 @@ class Plane:
         edges, n = borders(self.points, heights, self.shape.half), len(heights)
         mass, moment, density = self.shape.integrals(edges.start, edges.end)
         masses = edges.total(mass, n)
-        bare = (np.bincount(edges.cell, density, n) == 0) & (edges.total(density, n) == 0)
+        bare = edges.total(density, n, -1.0) == 0
         masses[bare & (masses < 0.5)] = 0.0  # beyond the disc
-        return Measured(edges, masses, edges.total(moment, n), density)
+        doubt = DOUBT * np.finfo(float).eps * edges.total(np.abs(mass), n, -1.0)
+        return Measured(edges, masses, edges.total(moment, n), density, doubt)
 
     def hessian(self, found: Measured) -> sparse.csr_array:
         """Derivative of the masses by the heights (n, n), math (24): a Laplacian of the graph of neighbours."""

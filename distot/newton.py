@@ -22,7 +22,6 @@ DIGITS = 32.0  # roundings of all scores, below which chi2 need not become small
 ROUGH = 1e-4  # if the largest relative error is below this
 ITERATIONS = 200
 HALVINGS = 40  # of a step
-EMPTY = 1e-14  # mass below which a cell counts as empty: it could be rounding
 MIXED = (2.0**-8, 2.0**-6, 2.0**-4, 2.0**-2, 1.0)  # shares of the spread-out heights that are tried against empty cells
 AROUND, CORNERS = 512, 1 << 22  # points around a cell's place; scores that are computed at once
 
@@ -43,10 +42,9 @@ def solve(plane: Plane, heights: Array, each: Callable[[dict[str, float]], None]
     cannot be worse than ROUGH. Raises Uneven if the cells of the first heights cannot be told.
     """
     found = plane.measure(heights)
-    if found.mass.min() < EMPTY:
+    if found.hidden.any():
         heights, found = opened(plane, heights, found)
-        if found.mass.min() < EMPTY:
-            hidden = int((found.mass < EMPTY).sum())
+        if hidden := int(found.hidden.sum()):
             return Outcome(
                 heights, plane.error(found), f"{hidden} cells are empty, and no way was found to open them all"
             )
@@ -60,7 +58,7 @@ def solve(plane: Plane, heights: Array, each: Callable[[dict[str, float]], None]
         step = _step(plane, found)
         for length in 0.5 ** np.arange(1 if rounded else HALVINGS):
             trial = _tried(plane, heights + length * step)
-            if trial and trial.mass.min() >= floor and plane.chi2(trial) <= (1 - 0.5 * length) ** 2 * chi2:
+            if trial and (trial.mass >= floor).all() and plane.chi2(trial) <= (1 - 0.5 * length) ** 2 * chi2:
                 break
         else:
             return Outcome(
@@ -104,25 +102,48 @@ def opened(plane: Plane, heights: Array, found: Measured) -> tuple[Array, Measur
     """
     points, smallest = plane.points, float(plane.mass.min())
     raised = heights.copy()
-    hidden = np.flatnonzero(found.mass < EMPTY)
+    hidden = np.flatnonzero(found.hidden)
     corners, values = _touching(plane, heights, found, smallest)
     for some in np.array_split(hidden, -(-len(hidden) * len(corners) // CORNERS)):
         raised[some] = (values[:, None] - corners @ points[some].T).min(axis=0)
 
-    middle = plane.mass @ points
-    away = points - middle
-    spread, axes = np.linalg.eigh((away * plane.mass[:, None]).T @ away)
-    root = np.sqrt(np.maximum(spread, 1e-12 * spread[-1]))
-    sites = away @ (axes / root) @ axes.T
-    sites *= 0.95 / plane.shape.within(sites, smallest).max()
-    spread_out = -0.5 * (sites * away).sum(axis=1)
+    spread_out = _spread_out(plane, smallest)
     best = heights, found
     for share in MIXED:
         mixed = (1 - share) * raised + share * spread_out
         trial = _tried(plane, mixed)
-        if trial and _least(plane, trial) > _least(plane, best[1]):
+        if trial and _better(plane, trial, best[1]):
             best = mixed, trial
     return best
+
+
+def _spread_out(plane: Plane, smallest: float) -> Array:
+    """Heights (n,) of which every cell has a place of its own: a sum of concave functions of the two coordinates.
+
+    Each has minus the quantiles of the shape as slopes, so that the point (G_1(p_1), G_2(p_2)) is in the cell of p, and
+    atoms that are next to each other in a coordinate are apart there as the mass between them wants, however close.
+    """
+    share = 0.5 * (plane.mass + 1 / len(plane.mass))
+    sites, ranked = np.empty_like(plane.points), []
+    for k, values in enumerate(plane.points.T):
+        distinct, place = np.unique(values, return_inverse=True)
+        weight = np.bincount(place, share)
+        quantiles = plane.shape.quantile((np.cumsum(weight) - 0.5 * weight) / weight.sum())
+        sites[:, k] = quantiles[place]
+        ranked.append((distinct, quantiles, place))
+    scale = 0.95 / max(plane.shape.within(sites, smallest).max(), 0.95)
+    heights = np.zeros(len(share))
+    for distinct, quantiles, place in ranked:
+        steps = np.diff(distinct) * 0.5 * (quantiles[1:] + quantiles[:-1])
+        sums = np.concatenate([[0.0], np.cumsum(steps)])
+        heights -= scale * (sums - sums[len(sums) // 2])[place]
+    return heights
+
+
+def _better(plane: Plane, one: Measured, other: Measured) -> bool:
+    """Whether one has fewer empty cells than the other, or as many and a better worst cell."""
+    counts = int(one.hidden.sum()), int(other.hidden.sum())
+    return counts[0] < counts[1] or (counts[0] == counts[1] and _least(plane, one) > _least(plane, other))
 
 
 def _least(plane: Plane, found: Measured) -> float:

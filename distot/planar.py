@@ -43,11 +43,11 @@ class Edges:
     def among(self, chosen: NDArray[Any]) -> Edges:
         return Edges(self.cell[chosen], self.beyond[chosen], self.start[chosen], self.end[chosen])
 
-    def total(self, values: Array, n: int) -> Array:
+    def total(self, values: Array, n: int, turn: float = 1.0) -> Array:
         """Sums over the borders of each cell (n, ...) of what ``values`` (m, ...) say of ``cell``; the atom beyond gets
-        their negative."""
+        their negative; ``turn`` -1: the same."""
         inner = self.beyond != OUTSIDE
-        rows, signed = np.concatenate([self.cell, self.beyond[inner]]), np.concatenate([values, -values[inner]])
+        rows, signed = np.concatenate([self.cell, self.beyond[inner]]), np.concatenate([values, -turn * values[inner]])
         sums = [np.bincount(rows, column, n).astype(np.float64) for column in signed.reshape(len(rows), -1).T]
         return np.stack(sums, axis=-1).reshape(n, *values.shape[1:])
 
@@ -176,7 +176,7 @@ def _clip(edges: Edges, axis: int, side: float) -> Edges:
 
 
 def _sorted(edges: Edges, crossing: Array, own: NDArray[Any], other: NDArray[Any]) -> tuple[Array, Index]:
-    """Where curves leave, by cells in order, and these: those about ``cell`` at ``own``, about ``beyond`` at ``other``."""
+    """Where curves leave, by cells in order, and these cells: ``cell`` is left at ``own``, ``beyond`` at ``other``."""
     other = other & (edges.beyond != OUTSIDE)
     cell = np.concatenate([edges.cell[own], edges.beyond[other]])
     order = cell.argsort(kind="stable")

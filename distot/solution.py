@@ -33,7 +33,7 @@ REASONS = {
     "max_seconds": "the time of {max_seconds:g} s is up",
     "interrupted": "it was interrupted",
     "exact": "all masses are exact, to nine digits or as many as the heights have",
-    "sampled": "sampling has ended, and Newton's method has not brought the masses to be exact",
+    "sampled": "sampling has ended, and Newton's method has not made the masses exact",
     None: "it is not finished",
 }
 

@@ -16,9 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distot import descent, exact, newton, optim, schedule, start, tree
+from distot import descent, optim, schedule, start, tree
 from distot.assign import Assigner
-from distot.atoms import Rows
 from distot.certify import Certificate, cell_masses, certify, default_samples
 from distot.entropic import Soft
 from distot.errors import StoreError
@@ -182,34 +181,6 @@ def iterate(problem: Problem, assigner: Assigner, options: Options, watch: Watch
         if problem.grid.world.size == 1:  # else the others are not here to write their parts
             watch.save(progress.state.step, progress.part(problem), progress.scalars())
         raise
-
-
-def finish(problem: Problem, rows: Rows, options: Options, watch: Watch, progress: Progress) -> Progress:
-    """Exact heights in the place of those from samples, if the options ask for them and sampling has ended: the reason
-    is "exact" then, or still "sampled" if Newton's method was stopped or failed, and the heights are as they were.
-
-    What sampling has found is saved before, so that another process can go on from there.
-    """
-    if not options.exact or not progress.started or progress.reason in ("interrupted", "exact"):
-        return progress
-    progress = replace(progress, reason="sampled")
-    watch.save(progress.state.step, progress.part(problem), progress.scalars())
-    reserve = certificate_seconds(options, problem.target.n, watch.seconds_per_sample)
-
-    def each(news: dict[str, float]) -> None:
-        watch.tell("newton", **news)
-        watch.poll(reserve)
-
-    try:
-        found = newton.solve(exact.plane(problem, rows), progress.state.average.cpu().numpy(), each)
-    except Stop:
-        return progress
-    if found.why is not None:
-        watch.warn(f"the masses are not exact: {found.why}")
-        return progress
-    heights = torch.as_tensor(found.heights - np.median(found.heights), device=progress.state.average.device)
-    state = replace(progress.state, heights=heights, average=heights, step=progress.state.step + 1)
-    return replace(progress, state=state, reason="exact")
 
 
 def late(options: Options, history: tuple[Check, ...]) -> bool:

@@ -18,7 +18,7 @@ import torch
 from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
-from distot import descent, solver, start
+from distot import descent, finish, solver, start
 from distot.atoms import ROWS, Rows
 from distot.case import Case, Room, locked, new_case, open_case
 from distot.errors import DistotWarning, InputError, StoreError
@@ -265,9 +265,10 @@ def _drive(case: Case, progress: Progress | None, remarks: tuple[str, ...], room
                 warnings.warn(note, DistotWarning, stacklevel=room.level)
             if progress is None:
                 progress = solver.begin(problem, assigner, options, watch, case.init)
-            if progress.reason is None:
+            if options.exact and progress.reason in (None, "sampled"):
+                progress = finish.iterate(problem, case.rows, assigner, options, watch, progress)
+            elif progress.reason is None:
                 progress = solver.iterate(problem, assigner, options, watch, progress)
-            progress = solver.finish(problem, case.rows, options, watch, progress)
             watch.save(progress.state.step, progress.part(problem), progress.scalars(), must=True)
             solution = case.solution(progress, remarks)
             watch.tell("stop", reason=progress.reason, text=solution.explanation, samples=progress.state.samples)
