@@ -4,6 +4,7 @@ from distot.api import assign_file, certify, generate_file, load, resume, solve
 from distot.cells import Cells
 from distot.certify import Certificate
 from distot.errors import DistotError, DistotWarning, InputError, StoreError
+from distot.exact import ExactCells
 from distot.generate import Generated, Mixing
 from distot.power import heights_to_weights, weights_to_heights
 from distot.solution import Interrupted, Solution
@@ -16,6 +17,7 @@ __all__ = [
     "Cube",
     "DistotError",
     "DistotWarning",
+    "ExactCells",
     "Gaussian",
     "Generated",
     "InputError",

@@ -43,6 +43,7 @@ def solve(
     checkpoint_seconds: float = 60.0,
     certificate_samples: int | None = None,
     memory: float | None = None,
+    exact: bool = False,
     workers: int | None = None,
     replicas: int = 1,
     ray: str | None = None,
@@ -67,6 +68,8 @@ def solve(
         miss some where that is faster, until late in the run. Certificates are exact always.
     memory: GiB that latents may take in each process; None is 40 % of what is available. Latents that take more as
         float32 stay as they are stored, in memory if there is room, else on disk, for the same answer.
+    exact: samples only until Newton's method on exact cell masses gets there from what they give: no mass is wrong by
+        more than 1e-9 of itself. In the plane, from a Gaussian, Cube or Ball, in one process; see ``Solution.cells``.
     run: a new run folder for checkpoints and the log, from which ``resume`` and ``load`` go on.
     workers, replicas: solves on that many processes, each ``replicas`` of which share the samples over the same
         latents while different ones have different latents; the answer is the same, to rounding. None is this process.
@@ -89,7 +92,10 @@ def solve(
         epsilon,
         top_k,
         memory,
+        exact,
     )
+    if exact and workers is not None:
+        raise InputError(f"exact masses are computed in this process alone; leave workers={workers} or exact away")
     given = None if mass is None else np.asarray(mass)
     task = work.Solve(_path(latents), source, given, options, None if run is None else as_place(run), _path(init))
     return _do(task, workers, replicas, ray, device, progress, on_event)

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distot import assign, optim, solver
+from distot import assign, exact, optim, solver
 from distot.assign import Assigner
 from distot.atoms import Rows
 from distot.certify import Certificate
@@ -177,6 +177,8 @@ def _problem(rows: Rows, source: object, mass: Any, options: Options, room: Room
     if mass is None and isinstance(rows, Latents):
         mass = rows.mass
     problem = build_problem(rows, source, mass, options.seed, options.device, room.grid, room.cache, options.memory)
+    if options.exact:
+        exact.check(problem.source, problem.grid.world.size)
     if isinstance(rows, Latents) and rows.fingerprint not in (None, problem.target.fingerprint):
         raise StoreError(f"{rows.path} has changed since it was written (its fingerprint differs); ingest it again")
     return problem

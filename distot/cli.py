@@ -155,6 +155,9 @@ def solve(
         int | None,
         typer.Option(parser=parse_count, metavar="COUNT", help="Samples of the certificate; default 10 per latent."),
     ] = None,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="In the plane: then make all masses exact, by Newton's method.")
+    ] = False,
     memory: Memory = None,
     workers: Workers = None,
     replicas: Replicas = 1,
@@ -183,6 +186,7 @@ def solve(
         run=run,
         checkpoint_seconds=checkpoint_seconds,
         certificate_samples=certificate_samples,
+        exact=exact,
         memory=memory,
         workers=workers,
         replicas=replicas,
@@ -438,7 +442,8 @@ def _source(
 
 def _finish(solution: Solution, run: Place, as_json: bool) -> int:
     report(solution, run, as_json)
-    missed = solution.options.until_chi2 is not None and solution.reason != "until_chi2"
+    wanted = "exact" if solution.options.exact else "until_chi2"
+    missed = solution.options.until_chi2 is not None and solution.reason != wanted
     return BUDGET if missed else GOAL
 
 

@@ -21,12 +21,14 @@ def speak(event: dict[str, Any]) -> None:
         return
     if event["event"] in ("note", "warning"):
         say(event["event"], "yellow", event["text"])
+    if event["event"] == "newton":
+        err.print(f"newton {event['iteration']}: chi2 {event['chi2']:.1e}, largest error {event['error']:.1e}")
     if event["event"] == "check":
         err.print(f"{event['samples']:,} samples: chi2 {event['chi2']:.4f} +- {event['error']:.4f}", soft_wrap=True)
 
 
 def report(solution: Solution, run: Place, as_json: bool) -> None:
-    c = solution.certificate
+    c, cells = solution.certificate, solution.exact_cells() if solution.reason == "exact" else None
     if as_json:
         print_json(
             {
@@ -37,6 +39,7 @@ def report(solution: Solution, run: Place, as_json: bool) -> None:
                 "certificate": c.to_dict(),
                 "notes": list(solution.notes),
                 "history": [check.to_dict() for check in solution.history],
+                "exact": cells.summary() if cells else None,
             }
         )
         return
@@ -57,10 +60,15 @@ def report(solution: Solution, run: Place, as_json: bool) -> None:
         ("map cost", f"{c.map_cost:.6g} ± {c.map_cost_error:.2g}", "mean of |x - T(x)|²"),
         ("mismatch", f"{c.mismatch:.2g} ± {c.mismatch_error:.2g}", "W2² bound - map cost; 0 when all masses are exact"),
     ]
+    if cells:
+        rows += [
+            ("exact", f"{cells.w2_squared_bound:.15g}", "W2² from exact cells, without sampling"),
+            ("", f"{cells.error:.1e}", f"largest relative error of a mass; chi2 {cells.chi2:.1e}"),
+        ]
     out.print(Text.assemble("\n", (str(run), "bold"), f": {solution.explanation}"), soft_wrap=True)
     for name, value, meaning in rows:
         out.print(f"  {name:<12} {value:<22} {meaning}", soft_wrap=True)
-    if solution.reason != "until_chi2":
+    if solution.reason not in ("until_chi2", "exact"):
         more = f" --max-samples {2 * solution.samples}" if solution.reason == "max_samples" else ""
         out.print(f"go on: distot resume {run}{more}", soft_wrap=True)
 

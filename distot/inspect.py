@@ -70,5 +70,5 @@ def _run(path: Place) -> dict[str, Any]:
         )
         facts["next"] = f"distot.load({str(path)!r})"
     else:
-        facts["next"] = f"distot {'certify' if scalars['reason'] == 'until_chi2' else 'resume'} {path}"
+        facts["next"] = f"distot {'certify' if scalars['reason'] in ('until_chi2', 'exact') else 'resume'} {path}"
     return facts

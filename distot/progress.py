@@ -115,6 +115,10 @@ class Display:
         self.chi2 = f", chi2 {e['chi2']:.4f} ± {e['error']:.4f}"
         self.say(f"{e['samples'] / self.atoms:7.1f} samples per atom   chi2 {e['chi2']:.4f} ± {e['error']:.4f}")
 
+    def on_newton(self, e: Event) -> None:
+        state = f"step {e['iteration']}, chi2 {e['chi2']:.1e}, largest error {e['error']:.1e}"
+        self.bar.update(self.task, description="exact", total=None, state=state)
+
     def on_stop(self, e: Event) -> None:
         self.say(f"stopped: {e['text']}")
 

@@ -37,6 +37,7 @@ class Options:
     epsilon: float | None = None  # temperature of the entropic problem, in units of the cost ½|x - y|²; None: plain OT
     top_k: int = 32  # winners of a sample that share it at that temperature
     memory: float | None = None  # GiB that latents may take in each process; None: a share of what is available
+    exact: bool = False  # finish by Newton's method on exact masses, in the plane
 
     def __post_init__(self) -> None:
         positive = {k: getattr(self, k) for k in POSITIVE}
@@ -48,6 +49,10 @@ class Options:
         assign.check(self.assigner, self.recall)
         if self.top_k < 2:
             raise InputError(f"top_k must be at least 2, it is {self.top_k}")
+        if self.exact and self.epsilon is not None:
+            raise InputError(
+                f"exact masses are those of the plain problem; leave epsilon={self.epsilon:g} or exact away"
+            )
         if self.certificate_samples == 1:
             raise InputError("certificate_samples must be at least 2: chi2 is estimated from pairs")
         if not 0 <= self.seed < 2**63:

@@ -33,6 +33,7 @@ SCALARS = ("drawn", "margin", "damping", "floor", "error", "step", "time", "samp
 VECTORS = ("heights", "average", "margin_sum", "margin_count")
 LATE = 2.0  # chi2 over the share of winners that the search may miss, from which on steps are exact
 RESERVE = 0.2  # at most this share of max_seconds is kept for the certificate
+FINISH = 0.5  # this share of max_seconds is kept for Newton's method, if masses are to be exact
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Progress:
     next_check: int
     history: tuple[Check, ...] = ()
     started: bool = True  # False if even the start was cut short; then it is done again on resume
-    reason: str | None = None  # "until_chi2", "max_samples", "max_seconds", "interrupted"; None while running
+    reason: str | None = None  # see solution.REASONS; None while running
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Arrays of a checkpoint: vectors of own atoms; own pairs (m, 2), and how many of each step they are."""
@@ -109,7 +110,7 @@ def begin(
     given = start.normal(problem).heights(problem.target.atoms) if init is None else torch.as_tensor(init)
     heights, samples = given.to(problem.target.atoms.device), 0
     spare = float("inf") if options.max_samples is None else options.max_samples // 4
-    reserve = RESERVE * (options.max_seconds or 0.0)
+    reserve = (RESERVE + FINISH * options.exact) * (options.max_seconds or 0.0)
     poll = partial(watch.poll, reserve)
     try:
         poll()
@@ -143,6 +144,7 @@ def iterate(problem: Problem, assigner: Assigner, options: Options, watch: Watch
             if told != (told := assigner.why):
                 watch.tell("assigner", assigner=assigner.name, why=told)
             reserve = certificate_seconds(options, n, watch.seconds_per_sample)
+            reserve += FINISH * options.exact * (options.max_seconds or 0.0)
             poll = partial(watch.poll, reserve)
             size = rule.size(state.samples, progress.history)
             if progress.next_check <= state.samples <= limit - size * work:

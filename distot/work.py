@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from distot import descent, solver, start
+from distot import descent, finish, solver, start
 from distot.case import Case, Room, locked, new_case, open_case
 from distot.errors import DistotWarning, InputError, StoreError
 from distot.problem import Problem
@@ -125,7 +125,11 @@ class Resume(Opened):
             if "until_chi2" in self.changes and found.history:
                 found = replace(found, next_check=rule.next(found.history))
             spent = found.state.samples + descent.most_work(problem, found.state)
-            if options.max_samples is not None and options.max_samples < spent:
+            if found.reason == "sampled" and not self.changes.keys() & {"until_chi2", "max_samples"}:
+                return _drive(case, found, remarks, room)
+            if found.reason == "exact":
+                done = "has exact masses already; there is nothing left to do"
+            elif options.max_samples is not None and options.max_samples < spent:
                 done = f"has spent its {options.max_samples:,} samples; give a larger --max-samples to go on"
             elif found.reason == "until_chi2" and "until_chi2" not in self.changes:
                 done = f"has reached its goal of chi2 <= {options.until_chi2:g}; give a smaller --until-chi2 to go on"
@@ -220,7 +224,9 @@ def _drive(case: Case, progress: Progress | None, remarks: tuple[str, ...], room
                 warnings.warn(note, DistotWarning, stacklevel=room.level)
             if progress is None:
                 progress = solver.begin(problem, assigner, options, watch, case.init)
-            if progress.reason is None:
+            if options.exact and progress.reason in (None, "sampled"):
+                progress = finish.iterate(problem, case.rows, assigner, options, watch, progress)
+            elif progress.reason is None:
                 progress = solver.iterate(problem, assigner, options, watch, progress)
             watch.save(progress.state.step, progress.part(problem), progress.scalars(), must=True)
             solution = case.solution(progress, remarks)
