@@ -1,9 +1,11 @@
 """distot: semi-discrete optimal transport at scale, from a continuous source to N latents."""
 
+from distot import live
 from distot.api import assign_file, certify, load, resume, solve
 from distot.certify import Certificate
 from distot.errors import DistotError, DistotWarning, InputError, StoreError
 from distot.power import heights_to_weights, weights_to_heights
+from distot.report import report
 from distot.solution import Interrupted, Solution
 from distot.source import Ball, Cube, Gaussian, Sampler, Samples, Source, Sphere
 
@@ -25,7 +27,9 @@ __all__ = [
     "assign_file",
     "certify",
     "heights_to_weights",
+    "live",
     "load",
+    "report",
     "resume",
     "solve",
     "weights_to_heights",
