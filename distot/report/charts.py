@@ -8,7 +8,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import numpy as np
-from scipy.stats import gamma
+from scipy.stats import pearson3
 
 from distot.cells import Cells, Sums
 from distot.power import Array
@@ -64,8 +64,8 @@ def progress(story: Story) -> Figure | None:
     ]
     caption = (
         "chi2 is the mean squared relative error of the cells' masses; 0 is exact. Below the grey line no method can "
-        "come that uses plain independent samples once each. A look can come out below zero by chance; it is drawn at the "
-        "bottom then."
+        "come that uses plain independent samples once each. A look can come out below zero by chance; it is drawn at "
+        "the bottom then."
     )
     columns = ("samples", "chi2 ± standard error", "limit", "close look")
     return Figure(name, title, caption, chart.markup, columns, tuple(rows[-ROWS:]), tuple(legend))
@@ -152,8 +152,9 @@ def masses(cells: Cells, sums: Sums) -> Figure:
     chart.line(0.5 * (edges[:-1] + edges[1:]), expected, "two")
     chart.rule("goal", "as wanted", x=1.0)
     caption = (
-        f"From {count(m)} fresh samples, {number(m / len(ratio), 3)} a latent. The spread is {percent(spread**0.5)}, of "
-        f"which noise of this measurement alone makes {percent(noise**0.5)}; what is left, {percent(rest)}, is the map's."
+        f"From {count(m)} fresh samples, {number(m / len(ratio), 3)} a latent. The spread is "
+        f"{percent(spread**0.5)}, of which noise of this measurement alone makes {percent(noise**0.5)}; what is left, "
+        f"{percent(rest)}, is the map's."
     )
     rows = [(where, count(k), number(e, 3)) for where, k, e in zip(ranges, seen, expected, strict=True)]
     legend = (("one bar", "latents"), ("two", "if all masses were exact: noise of the measurement"))
@@ -174,8 +175,7 @@ def shrunk(cells: Cells, sums: Sums) -> Array:
     spread = float(cells.wanted @ (ratio - 1) ** 2)
     noise = _noise(sums) * float((cells.wanted > 0).sum()) / cells.samples
     signal = max(0.0, 1 - noise / spread) if spread > 0 else 0.0
-    shown: Array = 1 + signal * (ratio - 1)
-    return shown
+    return np.asarray(1 + signal * (ratio - 1), dtype=np.float64)
 
 
 def _ratio_edges(ratio: Array, wanted: Array, m: float) -> Array:
@@ -190,16 +190,17 @@ def _ratio_edges(ratio: Array, wanted: Array, m: float) -> Array:
     step = max(1, round((high - low) * each / BINS))
     first = max(0, round(low * each))
     number_of = int(np.ceil((high * each - first) / step)) + 1
-    return (first - 0.5 + step * np.arange(number_of + 1)) / each
+    return np.asarray((first - 0.5 + step * np.arange(number_of + 1)) / each, dtype=np.float64)
 
 
 def _by_chance(edges: Array, variance: Array) -> Array:
-    """Expected latents in each bin if ratios had mean 1 and these variances (N,): gamma laws, for 64 groups of them."""
+    """Expected latents in each bin if ratios had mean 1 and these variances (N,): laws with the skewness
+    of counts (Pearson's third kind), for 64 groups of them."""
     groups = np.array_split(np.sort(variance), min(64, len(variance)))
     found = np.zeros(len(edges) - 1)
     for group in groups:
-        typical = float(group.mean())
-        below = gamma.cdf(np.maximum(edges, 0.0), 1 / typical, scale=typical)
+        typical = float(group.mean()) ** 0.5
+        below = pearson3.cdf(edges, typical, loc=1.0, scale=typical)
         below[0], below[-1] = 0.0, 1.0
         found += len(group) * np.diff(below)
     return found
@@ -225,7 +226,8 @@ def margins(cells: Cells) -> Figure | None:
     chart.rule("goal", f"median {number(middle, 3)}", x=middle)
     caption = (
         "The margin of a sample is its best score less the second best, in units of cost: how much the next latent "
-        "would have to be raised to get it. Small margins are cells that share their samples' neighbourhood with many others."
+        "would have to be raised to get it. Small margins are cells that share their samples' neighbourhood "
+        "with many others."
     )
     rows = tuple((r, count(k)) for r, k in zip(ranges, seen, strict=True))
     return Figure(name, title, caption, chart.markup, ("margin", "cells"), rows, (("three bar", "cells"),))

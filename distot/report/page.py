@@ -109,8 +109,8 @@ def lead(story: Story) -> list[str]:
     many, options = words.count(story.shape[0]), story.options
     share = "the share of the noise that its mass asks for" if story.config["mass"] else "an equal share of the noise"
     done = (
-        f"The space of the noise was split into {many} cells, one for each latent, so that every latent gets {share}, at "
-        "the least mean squared distance between the two."
+        f"The space of the noise was split into {many} cells, one for each latent, so that every latent gets {share}, "
+        "at the least mean squared distance between the two."
     )
     if options["epsilon"] is not None:
         done = (
