@@ -37,10 +37,10 @@ class TensorBoard:
         except ImportError as error:
             raise InputError("TensorBoard files need tensorboardX: pip install 'distot[tensorboard]'") from error
         try:
-            self.writer: Any = SummaryWriter(str(folder), flush_secs=10)
+            self.writer: Any = SummaryWriter(str(folder), flush_secs=5)
         except OSError as error:
             raise InputError(f"{folder} cannot be made for TensorBoard: {error.strerror}") from error
-        self.samples = 0
+        self.samples, self.ended = 0, False
 
     def __call__(self, event: Event) -> None:
         name, when = event["event"], event.get("time")
@@ -50,5 +50,6 @@ class TensorBoard:
             self.writer.add_scalar(tag, event[field], self.samples, when)
         if name in TEXTS:
             self.writer.add_text(name, event[TEXTS[name]], self.samples, when)
-        if name in ("check", "stop", "certificate", "warning"):
-            self.writer.flush()
+        self.ended |= name == "certificate" or (name == "stop" and event["reason"] == "interrupted")
+        if self.ended:
+            self.writer.close()  # flush() would not wait for what is still in the writer's queue
