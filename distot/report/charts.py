@@ -293,7 +293,7 @@ def worst(cells: Cells, sums: Sums, rows: int = 12) -> tuple[list[tuple[str, ...
     order = np.argsort(-np.abs(sigma), kind="stable")[:rows]
     found: list[tuple[str, ...]] = [
         (
-            count(i),
+            str(i),
             number(cells.wanted[i], 3),
             plus_minus(cells.mass[i], cells.mass_error[i]) if cells.mass[i] else "0",
             number(cells.mass[i] / cells.wanted[i], 3),

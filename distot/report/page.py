@@ -65,7 +65,7 @@ def render(story: Story, detail: Detail, written: str) -> str:
         speed=charts.speed(story),
         worst=rows,
         known=known,
-        empty=[words.count(i) for i in empty[:FEW]],
+        empty=[str(i) for i in empty[:FEW]],
         empties=len(empty),
         missing=detail.why,
         notes=story.notes,

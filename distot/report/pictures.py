@@ -55,7 +55,7 @@ def transport(flow: Flow, masses: Array | None, shape: tuple[int, int]) -> Figur
     svg.set("class", "flow")
     if flow.polygons is not None:
         svg.append(_diagram(flow, colours, place, ratio))
-    radius = float(np.clip(90 / math.sqrt(max(len(flow.index), 1)), 1.8, 5.0))
+    radius = float(np.clip(72 / math.sqrt(max(len(flow.index), 1)), 1.8, 5.0))
     dots = element("g", class_="latents")
     tips = _tips(flow, ratio)
     for (x, y), colour, tip in zip(place(flow.latents), colours, tips, strict=True):
@@ -97,8 +97,8 @@ def _caption(flow: Flow, shape: tuple[int, int], ratio: Array | None) -> str:
 
 def _tips(flow: Flow, ratio: Array | None) -> Sequence[str]:
     if ratio is None:
-        return [f"latent {count(i)}" for i in flow.index]
-    return [f"latent {count(i)}: {number(float(r), 3)} of its mass" for i, r in zip(flow.index, ratio, strict=True)]
+        return [f"latent {i}" for i in flow.index]
+    return [f"latent {i}: {number(float(r), 3)} of its mass" for i, r in zip(flow.index, ratio, strict=True)]
 
 
 def _diagram(flow: Flow, colours: NDArray[Any], place: Any, ratio: Array | None) -> Element:
