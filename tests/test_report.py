@@ -372,6 +372,24 @@ def test_picture_has_so_many_latents_at_most(deep: Path, tmp_path: Path, monkeyp
     assert "70 of 200 latents are shown" in out.read_text()
 
 
+def test_noise_is_drawn_in_the_cell_of_its_latent(plane: Path, tmp_path: Path) -> None:
+    """Polygons are convex and counter-clockwise, so what is inside is on the left of every edge."""
+    pytest.importorskip("distot.exact", reason="this distot computes no exact cells")
+    flow = details.flow(distot.load(plane))
+    assert flow.polygons is not None
+    assert flow.ratio is not None
+    assert (flow.ratio * 1 / N).sum() == pytest.approx(1)
+    cell = dict(zip(flow.index.tolist(), flow.polygons, strict=True))
+    for x, latent in zip(flow.noise, flow.to_index.tolist(), strict=True):
+        corners = cell[latent]
+        edge, to = np.roll(corners, -1, axis=0) - corners, x - corners
+        assert (edge[:, 0] * to[:, 1] - edge[:, 1] * to[:, 0] > -1e-6).all()
+    out = tmp_path / "diagram.html"
+    distot.report(plane, out)
+    assert out.read_text().count('class="cell ') == sum(len(polygon) > 0 for polygon in flow.polygons)
+    assert "Cells and their masses are exact." in text_of(out)
+
+
 def test_entropic_run_one_dimension_and_a_budget(tmp_path: Path) -> None:
     latents = np.random.default_rng(4).standard_normal((30, 1))
     distot.solve(latents, epsilon=0.5, until_chi2=None, max_samples=3000, run=tmp_path / "run.zarr", progress=False)

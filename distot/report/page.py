@@ -267,5 +267,7 @@ def commands(story: Story) -> list[tuple[str, str]]:
     ]
     if story.checkpoint is None:
         return [on]
+    if story.reason == "exact":  # nothing is left to do
+        return [certify, *use]
     first = [certify, on] if story.reason == "until_chi2" else [on, certify]
     return first + use
