@@ -67,6 +67,9 @@ RayAddress = Annotated[
     str | None,
     typer.Option("--ray", metavar="ADDRESS", help="Ray cluster to run on, or auto; default: one on this machine."),
 ]
+TensorBoardFolder = Annotated[
+    Path | None, typer.Option("--tensorboard", metavar="DIR", help="Folder for event files of TensorBoard.")
+]
 LatentsPath = Annotated[
     Any, typer.Argument(parser=as_place, metavar="LATENTS.zarr", help="A store made by `distot ingest`.")
 ]

@@ -32,6 +32,7 @@ from distot.arguments import (
     Replicas,
     RunPath,
     Seconds,
+    TensorBoardFolder,
     Workers,
     numbers,
     parse_count,
@@ -162,6 +163,7 @@ def solve(
     workers: Workers = None,
     replicas: Replicas = 1,
     ray: RayAddress = None,
+    tensorboard: TensorBoardFolder = None,
     as_json: Json = False,
 ) -> int:
     """Solve for a source and latents, into a new run folder.
@@ -192,7 +194,7 @@ def solve(
         replicas=replicas,
         ray=ray,
         progress=None,
-        on_event=speak,
+        on_event=_listener(tensorboard),
     )
     return _finish(solution, run, as_json)
 
@@ -211,6 +213,7 @@ def resume(
     workers: Workers = None,
     replicas: Replicas = 1,
     ray: RayAddress = None,
+    tensorboard: TensorBoardFolder = None,
     as_json: Json = False,
 ) -> int:
     """Go on with a run that was interrupted, killed, or stopped by its budget.
@@ -230,7 +233,7 @@ def resume(
         workers=workers,
         replicas=replicas,
         ray=ray,
-        on_event=speak,
+        on_event=_listener(tensorboard),
     )
     return _finish(solution, run, as_json)
 
@@ -420,6 +423,46 @@ def inspect(
             text = f"{value:,}" if isinstance(value, int) else str(value)
             out.print(f"{name.replace('_', ' '):<18} {text}", soft_wrap=True)
     return 0
+
+
+@app.command("report")
+def write_report(
+    run: RunPath,
+    out: Annotated[
+        Any, typer.Option("--out", "-o", parser=as_place, metavar="OUT.html", help="The page to write.")
+    ] = "report.html",
+    samples: Annotated[
+        int | None, typer.Option(parser=parse_count, metavar="COUNT", help="Measure the cells with so many samples.")
+    ] = None,
+    detail: Annotated[
+        bool | None, typer.Option(help="Read the latents and measure the cells; default: if that is no great work.")
+    ] = None,
+    decoder: Annotated[
+        str | None, typer.Option(metavar="FILE.py:FUNCTION", help="Turns latents (n, d) into images (n, h, w[, c]).")
+    ] = None,
+    latents: Moved = None,
+    device: Device = None,
+) -> int:
+    """Write a page about a run: how good it is, how it got there, pictures of the map, and what to do next.
+
+    Example: distot report run.zarr -o report.html
+    """
+    page = distot.report(run, out, samples=samples, detail=detail, decoder=decoder, latents=latents, device=device)
+    print(f"{page}: open it in a browser; it needs no other file and no network")
+    return 0
+
+
+def _listener(tensorboard: Path | None) -> Callable[[dict[str, Any]], None]:
+    """What hears the events of a run: the terminal, and the files of TensorBoard if they are wanted."""
+    if tensorboard is None:
+        return speak
+    writer = distot.live.TensorBoard(tensorboard)
+
+    def both(event: dict[str, Any]) -> None:
+        speak(event)
+        writer(event)
+
+    return both
 
 
 def _source(

@@ -198,16 +198,14 @@ class ExactCells:
     """The exact power cells of a solution in the plane, in user coordinates; n: distinct latents of positive mass.
 
     Masses are right to some 1e-15. Costs are in squared user units, as in a ``Certificate``, without error bars.
+    Polygons are counter-clockwise, and cut off at ten standard deviations of a Gaussian, at the square around a ball.
     """
 
     latent: Index  # (n,) the row of each cell's latent; of equal latents the first
     mass: Array  # (n,)
     wanted: Array  # (n,) nu
     centre: Array  # (n, 2), E[x | x in the cell]; NaN for an empty cell
-    polygons: list[
-        Array
-    ]  # n arrays (k, 2), counter-clockwise; (0, 2) if empty; cut off at ten standard deviations of a
-    # Gaussian, and at the square around a ball
+    polygons: list[Array]  # n of (k, 2); (0, 2) for an empty cell
     energy: float  # E[u_h], the mean of max_i <x, y_i> + h_i, for ``Solution.heights``
     w2_squared_bound: float  # math (9)
     map_cost: float  # E|x - T(x)|^2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from distot.progress import duration
 from distot.store import Place, Run, as_place, explained, open_latents
 
 
@@ -62,6 +63,8 @@ def _run(path: Place) -> dict[str, Any]:
     if scalars["history"]:
         last = scalars["history"][-1]
         facts["last_look"] = f"chi2 {last['chi2']:.4f} ± {last['error']:.4f} at {last['samples']:,} samples"
+    facts["time_spent"] = _spent(run)
+    facts["cells"] = _cells(run, scalars["step"])
     certificate = run.load_json("certificate.json")
     if certificate is not None and certificate["step"] == scalars["step"]:
         facts["certificate"] = f"chi2 {certificate['chi2']:.4f} ± {certificate['chi2_error']:.4f}"
@@ -71,4 +74,23 @@ def _run(path: Place) -> dict[str, Any]:
         facts["next"] = f"distot.load({str(path)!r})"
     else:
         facts["next"] = f"distot {'certify' if scalars['reason'] in ('until_chi2', 'exact') else 'resume'} {path}"
-    return facts
+    return facts | {"report": f"distot report {path} -o report.html"}
+
+
+def _spent(run: Run) -> str:
+    """Time at work, over all processes one after the other that have written to the log."""
+    seconds: list[float] = []
+    for event in run.records():
+        if event["event"] in ("begin", "resume"):
+            seconds.append(0.0)
+        if seconds and "seconds" in event:
+            seconds[-1] = event["seconds"]
+    return f"{duration(sum(seconds))} in {len(seconds)} session{'' if len(seconds) == 1 else 's'}"
+
+
+def _cells(run: Run, step: int) -> str:
+    """What is known of the cells, if it is that of the newest heights."""
+    saved = run.cells.load()
+    if saved is None or saved.scalars["step"] != step:
+        return "not measured"
+    return f"measured with {saved.scalars['samples']:,} samples"

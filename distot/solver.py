@@ -151,8 +151,7 @@ def iterate(problem: Problem, assigner: Assigner, options: Options, watch: Watch
                 with watch.timed(size):
                     progress = look(problem, assigner, soft, rule, progress, size, poll)
                 watch.tell("check", **progress.history[-1].to_dict())
-                if problem.grid.world.size > 1:
-                    watch.tell("grid", **problem.grid.report())
+                watch.tell("grid", **problem.grid.report())
                 if rule.done(progress.history):
                     return replace(progress, reason="until_chi2")
                 continue

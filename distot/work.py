@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from distot import descent, finish, solver, start
 from distot.case import Case, Room, locked, new_case, open_case
+from distot.environment import environment
 from distot.errors import DistotWarning, InputError, StoreError
 from distot.problem import Problem
 from distot.progress import listener
@@ -216,6 +217,7 @@ def _drive(case: Case, progress: Progress | None, remarks: tuple[str, ...], room
                 step=0 if progress is None else progress.state.step,
                 samples=0 if progress is None else progress.state.samples,
                 goal=options.until_chi2,
+                environment=environment(problem.target.atoms.device),
             )
             if why := problem.target.atoms.why:
                 watch.tell("note", text=why)
@@ -230,6 +232,7 @@ def _drive(case: Case, progress: Progress | None, remarks: tuple[str, ...], room
                 progress = solver.iterate(problem, assigner, options, watch, progress)
             watch.save(progress.state.step, progress.part(problem), progress.scalars(), must=True)
             solution = case.solution(progress, remarks)
+            watch.tell("grid", **problem.grid.report())
             watch.tell("stop", reason=progress.reason, text=solution.explanation, samples=progress.state.samples)
             if watch.signal is not None:
                 raise Interrupted(_farewell(run, watch.signal), solution, watch.signal)

@@ -25,7 +25,7 @@ from processes import LIMIT, Child, Launcher, Normal, quick_folder, wait_for
 import distot
 from distot.store import Run, copy_latents
 
-COMMANDS = ("ingest", "solve", "resume", "certify", "assign", "submit", "plan", "inspect")
+COMMANDS = ("ingest", "solve", "resume", "certify", "assign", "submit", "plan", "inspect", "report")
 FOREVER = ("--until-chi2", "none", "--max-samples", "1e12")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "100"}
 Z = np.random.default_rng(5).standard_normal((100, 3)).astype(np.float32)

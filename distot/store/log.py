@@ -54,10 +54,18 @@ class Log:
 
 
 def records(run: Place) -> list[dict[str, Any]]:
-    """The log of a run; a last line cut off by a crash is left out."""
+    """The log of a run; a last line cut off by a crash is left out, a damaged one is an event "damaged"."""
     if isinstance(run, Url):
-        text = b"".join((run / "log" / name).read_bytes() for name in sorted((run / "log").files())).decode()
+        text = b"".join((run / "log" / name).read_bytes() for name in sorted((run / "log").files()))
     else:
         file = run / "log.jsonl"
-        text = file.read_text() if file.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        text = file.read_bytes() if file.exists() else b""
+    return [_record(number, line) for number, line in enumerate(text.split(b"\n")[:-1], 1)]
+
+
+def _record(number: int, line: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        record = None
+    return record if isinstance(record, dict) and "event" in record else {"event": "damaged", "line": number}

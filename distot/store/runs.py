@@ -94,7 +94,7 @@ class Run:
         self._log.append(record)
 
     def records(self) -> list[dict[str, Any]]:
-        """The log; a last line cut off by a crash is left out."""
+        """The log; a last line cut off by a crash is left out, a damaged one is an event "damaged" with its number."""
         return records(self.path)
 
     def save_json(self, name: str, value: dict[str, Any]) -> None:
