@@ -14,6 +14,7 @@ import numpy as np
 from distot import assign
 from distot.errors import InputError
 from distot.masses import LEVEL, Estimate, upper
+from distot.power import cost_of
 
 MOST_WARM = 100  # samples per atom that a warm start is taken to be worth at most
 POSITIVE = ("until_chi2", "max_samples", "max_seconds", "certificate_samples", "epsilon", "memory")
@@ -37,6 +38,7 @@ class Options:
     epsilon: float | None = None  # temperature of the entropic problem, in units of the cost ½|x - y|²; None: plain OT
     top_k: int = 32  # winners of a sample that share it at that temperature
     memory: float | None = None  # GiB that latents may take in each process; None: a share of what is available
+    cost: str = "quadratic"  # ½|x - y|², or "log": -log<x, y> on the unit sphere
 
     def __post_init__(self) -> None:
         positive = {k: getattr(self, k) for k in POSITIVE}
@@ -46,6 +48,8 @@ class Options:
         if not (np.isfinite(self.checkpoint_seconds) and self.checkpoint_seconds >= 0):
             raise InputError(f"checkpoint_seconds must be 0 or more, it is {self.checkpoint_seconds}")
         assign.check(self.assigner, self.recall)
+        if cost_of(self.cost).spherical:
+            self._check_spherical()
         if self.top_k < 2:
             raise InputError(f"top_k must be at least 2, it is {self.top_k}")
         if self.certificate_samples == 1:
@@ -54,6 +58,17 @@ class Options:
             raise InputError(f"seed must be between 0 and 2^63 - 1, it is {self.seed}")
         if self.until_chi2 is None and self.max_samples is None and self.max_seconds is None:
             raise InputError("nothing would ever stop this run: give until_chi2, max_samples or max_seconds")
+
+    def _check_spherical(self) -> None:
+        if self.epsilon is not None:
+            raise InputError(
+                "the entropic problem (epsilon) is solved for the cost 'quadratic' alone; leave epsilon out"
+            )
+        if self.assigner == "lists" or self.recall is not None:
+            raise InputError(
+                "assigner 'lists' and a recall are for the cost 'quadratic' alone; at the cost 'log' leave recall out, "
+                "and take auto, native, dense, faiss or triton"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
