@@ -80,8 +80,8 @@ class Directions:
         return nodes / nodes.norm(dim=1, keepdim=True).clamp_min(TIGHT)
 
     def continued(self, heights: Tensor, centres: Tensor, nodes: Tensor, finer: Tensor) -> Tensor:
-        """As ``Normal.continued``, by math (24): the height at which they tie with their node in the centre of its cell,
-        less a square, whose factor is the ratio of the widths of cell and node. A node of one atom has none."""
+        """As ``Normal.continued``, by math (24): the height at which it ties with its node in the centre of its cell,
+        less a square, whose factor is the ratio of the widths of cell and node: 1 for a node of a single point."""
         seats, y = self.seats(nodes.double()), self.seats(finer.double())
         at, to = ((centres * its).sum(dim=1).clamp_min(GRAZING) for its in (seats, y))
         cell, node = (1 - its.double().square().sum(dim=1) for its in (centres, nodes))

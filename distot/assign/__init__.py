@@ -102,7 +102,7 @@ def build(
 
         if name == "lists" or recall is not None:
             raise InputError(
-                "lists leave out atoms by bounds that hold for the quadratic cost alone; take assigner auto, and no recall"
+                "lists leave out atoms by bounds for the quadratic cost alone; take assigner auto, without a recall"
             )
         name = _plainest(atoms.device) if name == "auto" else name
         return Native(atoms, products=True) if name == "native" else Products(name, atoms)
