@@ -73,7 +73,7 @@ def solve(
         latents while different ones have different latents; the answer is the same, to rounding. None is this process.
     ray: address of the Ray cluster where they run, "auto" for the one at hand; None starts one on this machine.
     progress: show it on the terminal; None means if stderr is one. on_event: gets every event as a dict.
-    cost: "quadratic", or "log": -log<x, y>, for the source "sphere" and latents that are unit vectors; math (23).
+    cost: "quadratic", or "log": -log<x, y>, for the source "sphere" and latents that are unit vectors; math (28).
 
     Raises InputError or StoreError before work starts for what can be known by then; Interrupted on Ctrl-C or SIGTERM,
     which carries the solution so far.

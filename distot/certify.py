@@ -213,7 +213,7 @@ def certify(
 
 
 def _half_weights(problem: Problem, heights: Tensor) -> Array:
-    """b(y_i) + h_i of own atoms, math (22); that is ½ w_i of math (6), with h measured against centred samples."""
+    """b(y_i) + h_i of own atoms, math (27); that is ½ w_i of math (6), with h measured against centred samples."""
     target, frame = problem.target, problem.frame
     out = frame.unit * heights.double().cpu().numpy()
     for first, tile in target.atoms.tiles():

@@ -4,7 +4,7 @@ Legend: B samples, N atoms, d dimension. Numbers in brackets are those of docs/m
 
     (1)  u_h(x) = max_i <x, y_i> + h_i           (6)  w_i = 2 h_i + |y_i|^2   (Laguerre weight)
     (2)  W_i(h) = cell of atom i, where i wins   (7)  g = w in POT and OTT (squared Euclidean cost)
-    (22) c(x, y) = a(x) + b(y) - s(x, y)         (23) u_h(x) = max_i s(x, y_i) + h_i, s = log<x, y> on the sphere
+    (27) c(x, y) = a(x) + b(y) - s(x, y)         (28) u_h(x) = max_i s(x, y_i) + h_i, s = log<x, y> on the sphere
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class Quadratic:
-    """The cost ½|x - y|² as in (22): a(x) = ½|x|², b(y) = ½|y|², score s = <x, y>.
+    """The cost ½|x - y|² as in (27): a(x) = ½|x|², b(y) = ½|y|², score s = <x, y>.
 
     Any one vector may be subtracted from all x and y: here it is ``source_centre``, so that a common offset costs no
     digits. Samples (..., d) are float32 in the frame, atoms (..., d) float64 in user units, about ``target_centre``.
@@ -104,7 +104,7 @@ class Quadratic:
 
 @dataclass(frozen=True)
 class Logarithmic:
-    """The cost -log<x, y> of unit vectors, as in (22): a = b = 0, score s = log<x, y>; infinite where <x, y> <= 0.
+    """The cost -log<x, y> of unit vectors, as in (27): a = b = 0, score s = log<x, y>; infinite where <x, y> <= 0.
 
     The frame has centre 0 and scale 1. What is infinite, or nearly so, counts as -log ``FLOOR``.
     """

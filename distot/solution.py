@@ -188,7 +188,7 @@ class Solution:
         """The Brenier potential u_h(x) = max_i <x, y_i> + h_i (B,) in float64, math (1), with h as in ``heights``.
 
         At a fixed epsilon it is epsilon log sum_i exp((<x, y_i> + h_i) / epsilon); at the cost "log"
-        max_i log<x, y_i> + h_i, math (23). Raises InputError as ``assign``.
+        max_i log<x, y_i> + h_i, math (28). Raises InputError as ``assign``.
         """
         values = self._checked(x)
         soft, frame, target = entropic_part(self.problem, self.options), self.problem.frame, self.problem.target

@@ -80,7 +80,7 @@ class Directions:
         return nodes / nodes.norm(dim=1, keepdim=True).clamp_min(TIGHT)
 
     def continued(self, heights: Tensor, centres: Tensor, nodes: Tensor, finer: Tensor) -> Tensor:
-        """As ``Normal.continued``, by math (24): the height at which it ties with its node in the centre of its cell,
+        """As ``Normal.continued``, by math (29): the height at which it ties with its node in the centre of its cell,
         less a square, whose factor is the ratio of the widths of cell and node: 1 for a node of a single point."""
         seats, y = self.seats(nodes.double()), self.seats(finer.double())
         at, to = ((centres * its).sum(dim=1).clamp_min(GRAZING) for its in (seats, y))
@@ -223,7 +223,7 @@ def check_sight(problem: Problem, assigner: Assigner) -> None:
 
 
 def prolong(heights: Tensor, centres: Tensor, level: Level, finer: Tensor | Atoms, guess: Guess) -> Tensor:
-    """Heights of finer atoms, to second order about their node; math (13), (24)."""
+    """Heights of finer atoms, to second order about their node; math (13), (29)."""
     out = torch.empty(len(finer), dtype=torch.float64, device=finer.device)
     for first, tile in as_atoms(finer).tiles():
         rows = slice(first, first + len(tile))

@@ -1,4 +1,4 @@
-"""Searches at the cost -log<x, y>, where the winner has the largest e^h <x, y>; docs/math.md (23).
+"""Searches at the cost -log<x, y>, where the winner has the largest e^h <x, y>; docs/math.md (28).
 
 It is the plain search of the atoms e^h y with heights 0, and of orbits, too, as x enters linearly. Products go from
 share to share; logarithms are taken last, so that their rounding makes no difference between grids.
