@@ -49,8 +49,9 @@ def solve(
     ray: str | None = None,
     progress: bool | None = None,
     on_event: Listen | None = None,
+    cost: str = "quadratic",
 ) -> Solution:
-    """Solves semi-discrete optimal transport from ``source`` to the latents, cost ½|x - y|².
+    """Solves semi-discrete optimal transport from ``source`` to the latents, cost ½|x - y|² or -log<x, y>.
 
     latents: array or tensor (N, d), or the path of a zarr store (``distot ingest`` makes one); any path
         may be in an object store: s3://BUCKET/KEY, gs://, az://.
@@ -75,6 +76,7 @@ def solve(
         latents while different ones have different latents; the answer is the same, to rounding. None is this process.
     ray: address of the Ray cluster where they run, "auto" for the one at hand; None starts one on this machine.
     progress: show it on the terminal; None means if stderr is one. on_event: gets every event as a dict.
+    cost: "quadratic", or "log": -log<x, y>, for the source "sphere" and latents that are unit vectors; math (28).
 
     Raises InputError or StoreError before work starts for what can be known by then; Interrupted on Ctrl-C or SIGTERM,
     which carries the solution so far.
@@ -93,6 +95,7 @@ def solve(
         top_k,
         memory,
         exact,
+        cost,
     )
     if exact and workers is not None:
         raise InputError(f"exact masses are computed in this process alone; leave workers={workers} or exact away")

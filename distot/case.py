@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distot import assign, exact, optim, solver
+from distot import assign, exact, optim, solver, start
 from distot.assign import Assigner
 from distot.atoms import Rows
 from distot.certify import Certificate
@@ -111,7 +111,9 @@ def new_case(latents: object, source: object, mass: NDArray[Any] | None, options
     if isinstance(source, Path | Url) or (isinstance(source, str) and source.endswith(".zarr")):
         source = open_latents(source)[:]
     problem = _problem(rows, source, mass, options, room)
-    return Case(problem, assign.over(problem, options.assigner, options.recall), options, rows, mass)
+    search = assign.over(problem, options.assigner, options.recall)
+    start.check_sight(problem, search)
+    return Case(problem, search, options, rows, mass)
 
 
 def open_case(
@@ -176,7 +178,8 @@ def as_rows(latents: object) -> Rows:
 def _problem(rows: Rows, source: object, mass: Any, options: Options, room: Room) -> Problem:
     if mass is None and isinstance(rows, Latents):
         mass = rows.mass
-    problem = build_problem(rows, source, mass, options.seed, options.device, room.grid, room.cache, options.memory)
+    given = options.seed, options.device, room.grid, room.cache, options.memory, options.cost
+    problem = build_problem(rows, source, mass, *given)
     if options.exact:
         exact.check(problem.source, problem.grid.world.size)
     if isinstance(rows, Latents) and rows.fingerprint not in (None, problem.target.fingerprint):

@@ -30,7 +30,7 @@ class Sums:
     """Sums over the samples that own atoms have won: in the frame where not said otherwise.
 
     total, squares: (own,) of c_is and c_is² over orbits s, as in ``Masses``. centre: (own, d) float32 of x.
-    cost: (own,) of |x - y|² in user units. margin: (own,) of best score less second best.
+    cost: (own,) of |x - y|² in user units, or of -log<x, y>. margin: (own,) of best score less second best.
     """
 
     samples: int
@@ -70,7 +70,7 @@ class Cells:
     mass_error: Array  # (N,) standard error; 0 where a cell won nothing
     wanted: Array  # (N,) nu_i
     centre: NDArray[np.float32]  # (N, d): E[x | x in W_i]
-    cost: Array  # (N,): E[|x - y_i|² | x in W_i]
+    cost: Array  # (N,): E[|x - y_i|² | x in W_i], or E[-log<x, y_i> | x in W_i] at the cost "log"
     margin: Array  # (N,): E[best score - second best | x in W_i]
 
 
@@ -88,7 +88,6 @@ def measure(
     """
     target, frame, grid, orbit = problem.target, problem.frame, problem.grid, problem.orbit
     split, d, wanted = target.split, target.dim, max(samples, 2 * orbit.size)
-    shift = torch.from_numpy(frame.source_centre - frame.target_centre).to(heights.device)
     masses = Masses(split, orbit.size, wanted)
     centre = torch.zeros(split.count, d, device=heights.device)
     cost, margin = (torch.zeros(split.count, dtype=torch.float64, device=heights.device) for _ in range(2))
@@ -99,9 +98,9 @@ def measure(
             for (first, _, near), (kept, x, place) in zip(some, mine, strict=True):
                 masses.add(first, near.index[:, :1], torch.ones_like(near.score[:, :1], dtype=torch.float64))
                 lead = (near.score[kept, 0].double() - near.score[kept, 1].double()).clamp_min(0.0)
-                away = frame.source_scale * x.double() - frame.target_out(latents_of(place)) + shift
+                paid = problem.cost.times * problem.cost.between(frame, x, frame.target_out(latents_of(place)))
                 centre.index_add_(0, place, x)
-                cost.index_add_(0, place, away.square().sum(1))
+                cost.index_add_(0, place, paid)
                 margin.index_add_(0, place, lead)
     masses.sum(grid.sample)
     centre, cost, margin = (grid.sample.sum(values) for values in (centre, cost, margin))

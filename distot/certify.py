@@ -29,6 +29,9 @@ PICKED = 1 << 25  # numbers of winning atoms that are picked out at once
 class Certificate:
     """Quality of heights, each figure with its standard error. Costs are E|x - y|², in squared user units.
 
+    At the cost "log" they are E[-log<x, y>] instead, and so is the bound, whatever its name says: it is one on the
+    least such cost of any plan. ``unseen`` are samples that see no atom within a right angle: there it is infinite.
+
     chi2: squared relative error of the cell masses, math (8); unbiased, so it may be slightly negative.
     empty: atoms that won none of the samples; empty_by_chance: how many would at the exact solution.
     w2_squared_bound: lower bound on W2², math (9), and its one-sided limit at ``level``: with that confidence the true
@@ -59,6 +62,22 @@ class Certificate:
     epsilon: float | None = None  # in units of cost
     regularisation: float = 0.0
     truncation: float = 0.0
+    cost: str = "quadratic"
+    unseen: int = 0
+
+    @property
+    def bound(self) -> float:
+        """Lower bound on the least cost, in the units of ``map_cost``: ``w2_squared_bound``."""
+        return self.w2_squared_bound
+
+    @property
+    def bound_error(self) -> float:
+        return self.w2_squared_bound_error
+
+    @property
+    def limit(self) -> float:
+        """One-sided limit of ``bound``: ``w2_squared_limit``."""
+        return self.w2_squared_limit
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -129,15 +148,14 @@ def certify(
     ``step`` names an independent set of samples. The search is exact: an inexact one overstates (9); so would a
     log-sum-exp over k winners alone, which is why that of a soft certificate runs over all atoms.
     """
-    target, frame, size, grid = problem.target, problem.frame, problem.orbit.size, problem.grid
-    split, device = target.split, heights.device
-    shift = torch.from_numpy(frame.source_centre - frame.target_centre).to(device)
+    target, frame, size, grid, price = problem.target, problem.frame, problem.orbit.size, problem.grid, problem.cost
+    split, device, times = target.split, heights.device, price.times
     half_weight = _half_weights(problem, heights)
     wanted_weight = split.axis.total(float(target.mass @ half_weight))
     half = torch.from_numpy(half_weight).to(device)
     epsilon = 0.0 if soft is None else soft.epsilon * frame.unit
     entropy = split.axis.total(float(target.mass @ np.log(target.mass)))
-    bound, cost, won, plan, left = (Running(size) for _ in range(5))
+    bound, cost, won, plan, left, blind = (Running(size) for _ in range(6))
     latents_of: Callable[[Tensor], Tensor]
 
     def ahead(index: Tensor) -> None:
@@ -146,14 +164,16 @@ def certify(
 
     def each(x: Tensor, near: Winners, share: Tensor) -> None:
         best = near.score[:, 0].double() if soft is None else potential(problem, x, heights, soft.epsilon)
-        away = frame.source_scale * x.double()
-        bound.add(0.5 * away.square().sum(1) + away @ shift - frame.unit * best)
         own = split.place(near.index)
         paid = share * torch.where(own < split.count, 1.0, 0.0)  # each winner's by the process that owns it
         own = own.clamp_max(split.count - 1)
         y = frame.target_out(latents_of(own))
-        moved = (paid * 0.5 * (away[:, None] - y + shift).square().sum(2)).sum(1)
+        moved = (paid * price.between(frame, x[:, None], y)).sum(1)
         moved, weight = split.axis.sum(torch.stack([moved, (paid * half[own]).sum(1)]))
+        seen = best > price.unseen
+        # where the cost is infinite any number is a bound; this one has (10) hold
+        bound.add(torch.where(seen, price.of_samples(frame, x) - frame.unit * best, moved - weight))
+        blind.add(1 - seen.double())
         cost.add(moved)
         won.add(weight)
         plan.add(torch.special.xlogy(share, share).sum(1))
@@ -162,10 +182,10 @@ def certify(
 
     wanted = default_samples(target.n) if samples is None else samples
     masses = cell_masses(problem, assigner.exact, heights, soft, wanted, Stream.CERTIFY, step, poll, each, ahead)
-    for running in (bound, cost, won, plan, left):
+    for running in (bound, cost, won, plan, left, blind):
         running.sum(grid.sample)
     chi2, m = masses.chi2(target.mass), size * bound.count
-    w2, w2_error = 2 * (bound.mean + wanted_weight - epsilon * entropy), 2 * bound.error
+    w2, w2_error = times * (bound.mean + wanted_weight - epsilon * entropy), times * bound.error
     return Certificate(
         samples=m,
         atoms=target.n,
@@ -177,27 +197,27 @@ def certify(
         w2_squared_bound=w2,
         w2_squared_bound_error=w2_error,
         w2_squared_limit=Estimate(w2, w2_error).lower(level),
-        map_cost=2 * cost.mean,
-        map_cost_error=2 * cost.error,
-        mismatch=2 * (wanted_weight - won.mean),
-        mismatch_error=2 * won.error,
+        map_cost=times * cost.mean,
+        map_cost_error=times * cost.error,
+        mismatch=times * (wanted_weight - won.mean),
+        mismatch_error=times * won.error,
         level=level,
         seed=problem.seed,
         stream_step=step,
         epsilon=None if soft is None else epsilon,
-        regularisation=2 * epsilon * (plan.mean - entropy) if soft is not None else 0.0,
+        regularisation=times * epsilon * (plan.mean - entropy) if soft is not None else 0.0,
         truncation=max(left.mean, 0.0),
+        cost=price.name,
+        unseen=round(blind.mean * m),
     )
 
 
 def _half_weights(problem: Problem, heights: Tensor) -> Array:
-    """½ w_i = ½|y_i - source_centre|² + h_i of own atoms, math (6), with h measured against centred samples."""
+    """b(y_i) + h_i of own atoms, math (27); that is ½ w_i of math (6), with h measured against centred samples."""
     target, frame = problem.target, problem.frame
-    shift = torch.from_numpy(frame.source_centre - frame.target_centre)
     out = frame.unit * heights.double().cpu().numpy()
     for first, tile in target.atoms.tiles():
-        away = frame.target_out(tile).cpu() - shift
-        out[first : first + len(tile)] += 0.5 * away.square().sum(1).numpy()
+        out[first : first + len(tile)] += problem.cost.of_atoms(frame, frame.target_out(tile).cpu()).numpy()
     return out
 
 

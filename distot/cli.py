@@ -125,6 +125,7 @@ def solve(
     low: Annotated[float, typer.Option(help="Lower edge of the cube.")] = 0.0,
     high: Annotated[float, typer.Option(help="Upper edge of the cube.")] = 1.0,
     radius: Annotated[float, typer.Option(help="Radius of the ball or sphere.")] = 1.0,
+    cost: Annotated[str, typer.Option(help="quadratic, or log: -log<x, y> on the unit sphere.")] = "quadratic",
     until_chi2: Annotated[
         float,
         typer.Option(
@@ -195,6 +196,7 @@ def solve(
         ray=ray,
         progress=None,
         on_event=_listener(tensorboard),
+        cost=cost,
     )
     return _finish(solution, run, as_json)
 

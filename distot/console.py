@@ -43,6 +43,7 @@ def report(solution: Solution, run: Place, as_json: bool) -> None:
             }
         )
         return
+    value, paid = ("cost", "-log<x, T(x)>") if c.cost == "log" else ("W2²", "|x - T(x)|²")
     rows = [
         (
             "samples",
@@ -55,19 +56,25 @@ def report(solution: Solution, run: Place, as_json: bool) -> None:
             f"{c.empty:,} of {c.atoms:,}",
             f"{c.empty_by_chance:.1f} by chance in {c.samples:,} fresh samples",
         ),
-        ("W2²", f"{c.w2_squared_bound:.6g} ± {c.w2_squared_bound_error:.2g}", "lower bound, exact as chi2 -> 0"),
-        ("", f"≥ {c.w2_squared_limit:.6g}", f"with {c.level:.0%} confidence"),
-        ("map cost", f"{c.map_cost:.6g} ± {c.map_cost_error:.2g}", "mean of |x - T(x)|²"),
-        ("mismatch", f"{c.mismatch:.2g} ± {c.mismatch_error:.2g}", "W2² bound - map cost; 0 when all masses are exact"),
+        (value, f"{c.bound:.6g} ± {c.bound_error:.2g}", "lower bound, exact as chi2 -> 0"),
+        ("", f"≥ {c.limit:.6g}", f"with {c.level:.0%} confidence"),
+        ("map cost", f"{c.map_cost:.6g} ± {c.map_cost_error:.2g}", f"mean of {paid}"),
+        (
+            "mismatch",
+            f"{c.mismatch:.2g} ± {c.mismatch_error:.2g}",
+            f"{value} bound - map cost; 0 when all masses are exact",
+        ),
     ]
+    if c.unseen:
+        rows.append(("unseen", f"{c.unseen:,} of {c.samples:,}", "samples without a latent at finite cost"))
     if cells:
         rows += [
             ("exact", f"{cells.w2_squared_bound:.15g}", "W2² from exact cells, without sampling"),
             ("", f"{cells.error:.1e}", f"largest relative error of a mass; chi2 {cells.chi2:.1e}"),
         ]
     out.print(Text.assemble("\n", (str(run), "bold"), f": {solution.explanation}"), soft_wrap=True)
-    for name, value, meaning in rows:
-        out.print(f"  {name:<12} {value:<22} {meaning}", soft_wrap=True)
+    for name, figure, meaning in rows:
+        out.print(f"  {name:<12} {figure:<22} {meaning}", soft_wrap=True)
     if solution.reason not in ("until_chi2", "exact"):
         more = f" --max-samples {2 * solution.samples}" if solution.reason == "max_samples" else ""
         out.print(f"go on: distot resume {run}{more}", soft_wrap=True)

@@ -66,7 +66,9 @@ def advance(
     epsilon = 0.0 if soft is None else soft.epsilon
     with grid.meter.timed("update"):
         state = optim.update(state, tally, schedule.first_batch(n, orbit.work), mass, work, split, grid, epsilon)
-    return lift(problem, state, optim.starving(state, mass, split), kept, LIFT_WORK * work) if lifting else state
+    if lifting:
+        state = lift(problem, state, optim.starving(state, mass, split), kept, LIFT_WORK * work)
+    return optim.within(state, problem.cost.limit)
 
 
 def most_work(problem: Problem, state: State) -> float:
@@ -105,7 +107,7 @@ def lift(problem: Problem, state: State, hungry: Tensor, kept: list[Kept], work:
         for first, x, potential in kept:
             some = every(first, stride)
             if len(x[some]):
-                search = assign.plain(x[some].contiguous())
+                search = assign.plain(x[some].contiguous(), problem.cost)
                 best = search(tile, -potential[some], k=1).score[:, 0].double()
                 reach[rows] = torch.maximum(reach[rows], best)
     reach = grid.sample.max(reach)

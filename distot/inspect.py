@@ -42,6 +42,7 @@ def _run(path: Place) -> dict[str, Any]:
         "latents": str(run.config["latents"]),
         "shape": run.config["shape"],
         "source": run.config["source"]["kind"],
+        "cost": options.get("cost", "quadratic"),
         "goal_chi2": options["until_chi2"],
         "max_samples": options["max_samples"],
         "max_seconds": options["max_seconds"],
@@ -68,7 +69,7 @@ def _run(path: Place) -> dict[str, Any]:
     certificate = run.load_json("certificate.json")
     if certificate is not None and certificate["step"] == scalars["step"]:
         facts["certificate"] = f"chi2 {certificate['chi2']:.4f} ± {certificate['chi2_error']:.4f}"
-        facts["w2_squared_bound"] = (
+        facts["w2_squared_bound" if facts["cost"] == "quadratic" else "cost_bound"] = (
             f"{certificate['w2_squared_bound']:.6g} ± {certificate['w2_squared_bound_error']:.2g}"
         )
         facts["next"] = f"distot.load({str(path)!r})"

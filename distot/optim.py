@@ -7,6 +7,7 @@ Legend: n atoms, B samples of a batch.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -174,6 +175,13 @@ def update(
         time,
         state.samples + work,
     )
+
+
+def within(state: State, limit: float) -> State:
+    """The state with heights that are no further from 0, about which they began, than the limit of their cost."""
+    if math.isinf(limit):
+        return state
+    return replace(state, heights=state.heights.clamp(-limit, limit), average=state.average.clamp(-limit, limit))
 
 
 def chosen(first: int, batch: int, split: Split) -> slice:

@@ -111,6 +111,7 @@ class Generate(Opened):
         folder = Run(self.run)
         case, remarks, found = self.begun(folder, room)
         solution, problem, world = case.solution(found, remarks), case.problem, room.grid.world
+        solution.quadratic_only("generation")
         if stored_sums(folder, problem, found.state.step) is None:
             sums = solution.sums()
             with locked(folder, room):

@@ -14,8 +14,8 @@ from distot.atoms import SHARE, Rows, available
 from distot.errors import InputError
 from distot.grid import Grid
 from distot.orbit import Orbit, Orbits
-from distot.power import Array, Frame
-from distot.source import BLOCK, Key, Source, Stream, as_source
+from distot.power import Array, Cost, Frame, cost_of
+from distot.source import BLOCK, Key, Source, Sphere, Stream, as_source
 from distot.target import Cache, Target, build_target, check_rows
 
 SEARCH_FLOPS = {"cpu": 5e10, "cuda": 2e13}  # of a portion of samples, so that a signal need not wait for long
@@ -38,6 +38,7 @@ class Problem:
     orbit: Orbit
     basis: Tensor | None  # of the steps' orbits, see ``turned``; None without orbits
     grid: Grid
+    cost: Cost
 
     def keys(self, stream: Stream, step: int, samples: int, block: int = BLOCK) -> Iterator[tuple[Key, int]]:
         """Blocks that make up ``samples`` samples of one step: (key, size of the block)."""
@@ -121,22 +122,39 @@ def build_problem(
     grid: Grid | None = None,
     cache: Cache | None = None,
     memory: float | None = None,
+    cost: str = "quadratic",
 ) -> Problem:
     """Checks source, latents and masses (N,) against each other and brings them into one frame.
 
     On a grid every process reads its share of the latents alone; ``cache`` keeps what it has read. memory: GiB that
     latents may take in each process; None is a share of what is available.
-    Raises InputError as ``as_source`` and ``build_target`` do.
+    cost: a name in ``power.COSTS``. Raises InputError as ``as_source`` and ``build_target`` do, and for the cost "log"
+    with a source that is not the unit sphere.
     """
     where, grid = resolve_device(device), grid or Grid()
     check_rows(latents)
-    found = as_source(source, latents.shape[1])
+    found, price = as_source(source, latents.shape[1]), cost_of(cost)
+    if price.spherical:
+        check_sphere(found)
     mean, cov = found.moments(seed)
     room = _room(where, grid, memory)
-    target, frame = build_target(latents, mass, (mean, cov), grid, {} if cache is None else cache, room)
+    target, frame = build_target(latents, mass, (mean, cov), grid, {} if cache is None else cache, room, price)
     target = replace(target, atoms=target.atoms.to(where))
-    problem = Problem(found, target, frame, cov, seed, Orbit(found.dim, found.symmetry, seed), None, grid)
+    problem = Problem(found, target, frame, cov, seed, Orbit(found.dim, found.symmetry, seed), None, grid, price)
     return problem if problem.orbit.size == 1 else replace(problem, basis=problem.turned(0))
+
+
+def check_sphere(source: Source) -> None:
+    """Raises InputError for a source that is not uniform on the unit sphere about 0."""
+    if not isinstance(source, Sphere):
+        raise InputError(
+            f"the cost 'log' is for the unit sphere, not for the source {source.kind!r}; take source 'sphere'"
+        )
+    if source.radius != 1.0 or source.centre.any():
+        raise InputError(
+            f"the cost 'log' is for the unit sphere about 0, not for a sphere of radius {source.radius:g} about "
+            f"{source.centre.tolist()}; take source 'sphere'"
+        )
 
 
 def _room(device: torch.device, grid: Grid, memory: float | None) -> tuple[float, float]:

@@ -14,6 +14,7 @@ import numpy as np
 from distot import assign
 from distot.errors import InputError
 from distot.masses import LEVEL, Estimate, upper
+from distot.power import cost_of
 
 MOST_WARM = 100  # samples per atom that a warm start is taken to be worth at most
 POSITIVE = ("until_chi2", "max_samples", "max_seconds", "certificate_samples", "epsilon", "memory")
@@ -38,6 +39,7 @@ class Options:
     top_k: int = 32  # winners of a sample that share it at that temperature
     memory: float | None = None  # GiB that latents may take in each process; None: a share of what is available
     exact: bool = False  # finish by Newton's method on exact masses, in the plane
+    cost: str = "quadratic"  # ½|x - y|², or "log": -log<x, y> on the unit sphere
 
     def __post_init__(self) -> None:
         positive = {k: getattr(self, k) for k in POSITIVE}
@@ -47,6 +49,8 @@ class Options:
         if not (np.isfinite(self.checkpoint_seconds) and self.checkpoint_seconds >= 0):
             raise InputError(f"checkpoint_seconds must be 0 or more, it is {self.checkpoint_seconds}")
         assign.check(self.assigner, self.recall)
+        if cost_of(self.cost).spherical:
+            self._check_spherical()
         if self.top_k < 2:
             raise InputError(f"top_k must be at least 2, it is {self.top_k}")
         if self.exact and self.epsilon is not None:
@@ -59,6 +63,19 @@ class Options:
             raise InputError(f"seed must be between 0 and 2^63 - 1, it is {self.seed}")
         if self.until_chi2 is None and self.max_samples is None and self.max_seconds is None:
             raise InputError("nothing would ever stop this run: give until_chi2, max_samples or max_seconds")
+
+    def _check_spherical(self) -> None:
+        if self.exact:
+            raise InputError("exact masses are computed for the cost 'quadratic' alone; leave exact out")
+        if self.epsilon is not None:
+            raise InputError(
+                "the entropic problem (epsilon) is solved for the cost 'quadratic' alone; leave epsilon out"
+            )
+        if self.assigner == "lists" or self.recall is not None:
+            raise InputError(
+                "assigner 'lists' and a recall are for the cost 'quadratic' alone; at the cost 'log' leave recall out, "
+                "and take auto, native, dense, faiss or triton"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

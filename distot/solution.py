@@ -109,7 +109,11 @@ class Solution:
 
     @property
     def weights(self) -> Array:
-        """Laguerre weights w (N,) of ``heights``, math (6): the potential g of POT and OTT, math (7)."""
+        """Laguerre weights w (N,) of ``heights``, math (6): the potential g of POT and OTT, math (7).
+
+        Raises InputError at the cost "log", which has none.
+        """
+        self.quadratic_only("weights")
         return heights_to_weights(self.heights, self._latents(np.arange(self.facts.shape[0])))
 
     @property
@@ -200,7 +204,8 @@ class Solution:
     def potential(self, x: ArrayLike | Tensor) -> Array:
         """The Brenier potential u_h(x) = max_i <x, y_i> + h_i (B,) in float64, math (1), with h as in ``heights``.
 
-        At a fixed epsilon it is epsilon log sum_i exp((<x, y_i> + h_i) / epsilon). Raises InputError as ``assign``.
+        At a fixed epsilon it is epsilon log sum_i exp((<x, y_i> + h_i) / epsilon); at the cost "log"
+        max_i log<x, y_i> + h_i, math (28). Raises InputError as ``assign``.
         """
         values = self._checked(x)
         soft, frame, target = entropic_part(self.problem, self.options), self.problem.frame, self.problem.target
@@ -208,7 +213,7 @@ class Solution:
         if soft is None:
             index = self.assign(values)
             best = np.einsum("bd,bd->b", values.numpy(), self._latents(index).astype(np.float64))
-            return best + self.heights[index]
+            return self.problem.cost.score(best) + self.heights[index]
         parts = [
             potential(self.problem, frame.source_in(part).to(average.device), average, soft.epsilon).cpu()
             for part in values.split(BLOCK)
@@ -259,10 +264,18 @@ class Solution:
         return self.generator(mixing, seed).take(n)
 
     def generator(self, mixing: Mixing, seed: int | None = None) -> Generator:
-        """What ``generate`` draws from."""
+        """What ``generate`` draws from. Raises InputError at the cost "log"."""
+        self.quadratic_only("generation")
         held = self.held
         seed = held.problem.seed if seed is None else seed
         return Generator(held.problem, held.assigner, held.progress.state.average, self.sums(), mixing, seed)
+
+    def quadratic_only(self, what: str) -> None:
+        """Raises InputError at another cost."""
+        if self.options.cost != "quadratic":
+            raise InputError(
+                f"{what} is for the cost 'quadratic' alone; this was solved for the cost {self.options.cost!r}"
+            )
 
     def _checked(self, x: ArrayLike | Tensor) -> Tensor:
         """Samples (B, d) float64 on the CPU. Raises InputError for a wrong shape or NaN."""

@@ -107,7 +107,7 @@ def begin(
     """Gaussian and multilevel start, or the heights ``init`` of own atoms in the frame. Stopped early, it returns what
     is known by then, with the reason."""
     n, work, reason, moment = problem.target.n, problem.orbit.work, None, 0.0
-    given = start.normal(problem).heights(problem.target.atoms) if init is None else torch.as_tensor(init)
+    given = start.guess_of(problem).heights(problem.target.atoms) if init is None else torch.as_tensor(init)
     heights, samples = given.to(problem.target.atoms.device), 0
     spare = float("inf") if options.max_samples is None else options.max_samples // 4
     reserve = (RESERVE + FINISH * options.exact) * (options.max_seconds or 0.0)
@@ -125,6 +125,7 @@ def begin(
         reason = stop.reason
     check = StopRule(n, options.until_chi2, work).first(samples)
     state = replace(optim.begin(heights, samples, problem.target.split), time=moment)
+    state = optim.within(state, problem.cost.limit)
     return Progress(state, check, started=reason is None, reason=reason)
 
 

@@ -16,6 +16,7 @@ from distot import assign, descent, optim, schedule, tree
 from distot.assign import Assigner, Winners
 from distot.atoms import Atoms, as_atoms, each_row, tile_rows
 from distot.entropic import Soft
+from distot.errors import InputError
 from distot.grid import Grid, Split
 from distot.orbit import Orbits, points
 from distot.power import Array
@@ -30,6 +31,9 @@ CENTRE_SAMPLES = 10  # for each cell centre of a warm start; at least CENTRE_LEA
 CENTRE_LEAST = 256
 PROBE = 4  # samples an atom to find out how good the heights of a warm start are
 STEPS = 1 << 20  # step numbers set aside for a level
+TIGHT = 1e-5  # squared width, in radians, of a node of directions that is taken for a point
+GRAZING = 1e-2  # the least product of a direction with the centre of its node's cell, where heights are continued
+SIGHTED = 4096  # samples that are looked at for whether they see any atom
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,45 @@ class Normal:
         """Where the map takes y (n, d) from, (n, d) float64."""
         whiten = torch.as_tensor(self.whiten, device=y.device)
         return (y.double() - torch.as_tensor(self.mean, device=y.device)) @ whiten @ whiten.T
+
+    def seats(self, nodes: Tensor) -> Tensor:
+        """The atoms (K, d) that stand for nodes, given by the means (K, d) of theirs."""
+        return nodes
+
+    def continued(self, heights: Tensor, centres: Tensor, nodes: Tensor, finer: Tensor) -> Tensor:
+        """Heights (B,) of atoms (B, d) from height, cell centre and mean of the node of each; math (13)."""
+        away = finer.double() - nodes.double()
+        return heights - (centres * away).sum(dim=1) - 0.5 * self.length(away)
+
+
+class Directions:
+    """What takes the place of ``Normal`` at the cost -log<x, y>: cells begin about their atoms."""
+
+    def heights(self, y: Tensor | Atoms) -> Tensor:
+        return torch.zeros(len(y), dtype=torch.float64, device=y.device)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        return y.double()
+
+    def seats(self, nodes: Tensor) -> Tensor:
+        return nodes / nodes.norm(dim=1, keepdim=True).clamp_min(TIGHT)
+
+    def continued(self, heights: Tensor, centres: Tensor, nodes: Tensor, finer: Tensor) -> Tensor:
+        """As ``Normal.continued``, by math (29): the height at which it ties with its node in the centre of its cell,
+        less a square, whose factor is the ratio of the widths of cell and node: 1 for a node of a single point."""
+        seats, y = self.seats(nodes.double()), self.seats(finer.double())
+        at, to = ((centres * its).sum(dim=1).clamp_min(GRAZING) for its in (seats, y))
+        cell, node = (1 - its.double().square().sum(dim=1) for its in (centres, nodes))
+        bend = torch.where(node > TIGHT, cell.clamp_min(0) / node.clamp_min(TIGHT), 1.0).sqrt()
+        return heights + at.log() - to.log() - 0.5 * bend * (y - seats).square().sum(dim=1)
+
+
+Guess = Normal | Directions
+
+
+def guess_of(problem: Problem) -> Guess:
+    """What is taken for the map before anything is known of it; that of ``normal`` costs what it says."""
+    return Directions() if problem.cost.spherical else normal(problem)
 
 
 def normal(problem: Problem) -> Normal:
@@ -76,7 +119,7 @@ def multilevel(problem: Problem, assigner: str, poll: Callable[[], None]) -> tup
 
     ``poll`` is called between batches and may raise to stop.
     """
-    guess = normal(problem)
+    guess = guess_of(problem)
     grown = tree.grow(problem.target, problem.grid, problem.seed, poll)
     levels, samples = grown.levels, float(tree.work(problem.target.n))
     if not levels:
@@ -84,7 +127,7 @@ def multilevel(problem: Problem, assigner: str, poll: Callable[[], None]) -> tup
     heights, assigner = guess.heights(levels[0].atoms), assign.feasible(problem, assigner)
     for number, level in enumerate(levels):
         finer = levels[number + 1].atoms if number + 1 < len(levels) else grown.leaves
-        coarse = replace(problem, target=problem.target.replaced(level.atoms, level.mass, level.split))
+        coarse = replace(problem, target=problem.target.replaced(guess.seats(level.atoms), level.mass, level.split))
         if level.split.axis.size == 1:
             coarse = replace(coarse, grid=Grid())  # every process solves it for itself
         heights, centres, spent = _solve(coarse, assigner, heights, number * STEPS, guess, poll)
@@ -98,7 +141,10 @@ def transfer(problem: Problem, old: Problem, heights: Tensor, assigner: str) -> 
 
     Each atom takes its height from the nearest old one, continued to second order. For an atom that was there
     before this is its old height. Costs a search for every atom and CENTRE_SAMPLES for every old one.
+    Raises InputError if the old problem had another cost.
     """
+    if old.cost != problem.cost:
+        raise InputError(f"init was solved for the cost {old.cost.name!r}, this problem has {problem.cost.name!r}")
     frame, target = problem.frame, old.target
     offset = torch.from_numpy(old.frame.target_centre - frame.target_centre)
     scale = torch.tensor(frame.target_scale, dtype=torch.float64)
@@ -112,7 +158,7 @@ def transfer(problem: Problem, old: Problem, heights: Tensor, assigner: str) -> 
     begun = ((raw + tilt.cpu()) / frame.unit).to(atoms.device)
     coarse = replace(problem, target=problem.target.replaced(atoms, target.mass, target.split))
     search = assign.over(coarse, assigner)
-    guess = normal(problem)
+    guess = guess_of(problem)
     won = Won(coarse)
     count = max(CENTRE_LEAST, CENTRE_SAMPLES * target.n)
     for group in assign.searches(coarse, search, Stream.START, STEPS - 1, count, begun, 1, lambda: None):
@@ -127,7 +173,7 @@ def transfer(problem: Problem, old: Problem, heights: Tensor, assigner: str) -> 
         rows = axis.gather(mine, lengths)  # all search for those of each
         node = search(rows, half, k=1).index[:, 0]
         begins, centre = (target.split.pick(values, node) for values in (begun, centres))
-        continued = _continued(begins, centre, _picked(atoms, target.split, node), rows, guess)
+        continued = guess.continued(begins, centre, _picked(atoms, target.split, node), rows)
         out.append(Split(tuple(lengths), axis).own(continued))
     return torch.cat(out)
 
@@ -158,20 +204,32 @@ def probe(
     return max(plain, 0.0) + (2 * n) ** 0.5 / samples, round(samples * problem.orbit.work)
 
 
-def prolong(heights: Tensor, centres: Tensor, level: Level, finer: Tensor | Atoms, guess: Normal) -> Tensor:
-    """Heights of finer atoms, to second order about their node; math (13)."""
+def check_sight(problem: Problem, assigner: Assigner) -> None:
+    """Raises InputError if some of SIGHTED samples see no atom at a finite cost."""
+    if not problem.cost.spherical:
+        return
+    atoms, axis = problem.target.atoms, problem.grid.sample
+    level, blind, count = torch.zeros(problem.target.split.count, device=atoms.device), 0, 0
+    for group in assign.searches(problem, assigner, Stream.MOMENTS, 0, SIGHTED, level, 1, lambda: None):
+        for *_, near in group:
+            blind += int((near.score[:, 0] <= problem.cost.unseen).sum())
+            count += len(near.score)
+    if number := int(axis.total(blind)):
+        raise InputError(
+            f"{number:,} of {int(axis.total(count)):,} samples of the sphere see no latent within a right angle, and "
+            "-log<x, y> is infinite there: the latents lie in a half space, or nearly, and every plan costs infinitely "
+            "much; take latents from all directions, or the cost 'quadratic'"
+        )
+
+
+def prolong(heights: Tensor, centres: Tensor, level: Level, finer: Tensor | Atoms, guess: Guess) -> Tensor:
+    """Heights of finer atoms, to second order about their node; math (13), (29)."""
     out = torch.empty(len(finer), dtype=torch.float64, device=finer.device)
     for first, tile in as_atoms(finer).tiles():
         rows = slice(first, first + len(tile))
         node = level.node[rows]
-        out[rows] = _continued(heights[node], centres[node], level.atoms[node], tile, guess)
+        out[rows] = guess.continued(heights[node], centres[node], level.atoms[node], tile)
     return out
-
-
-def _continued(heights: Tensor, centres: Tensor, nodes: Tensor, finer: Tensor, guess: Normal) -> Tensor:
-    """Heights (B,) of points (B, d) from the height, cell centre and place of the node of each."""
-    away = finer.double() - nodes.double()
-    return heights - (centres * away).sum(dim=1) - 0.5 * guess.length(away)
 
 
 def _end(nodes: int, orbit_work: float) -> float:
@@ -180,7 +238,7 @@ def _end(nodes: int, orbit_work: float) -> float:
 
 
 def _solve(
-    coarse: Problem, assigner: str, heights: Tensor, first: int, guess: Normal, poll: Callable[[], None]
+    coarse: Problem, assigner: str, heights: Tensor, first: int, guess: Guess, poll: Callable[[], None]
 ) -> tuple[Tensor, Tensor, int]:
     """Average heights (K,) of own centroids after a fixed number of samples, cell centres (K, d), and the work.
 
@@ -209,7 +267,7 @@ class Won:
         values = torch.nn.functional.pad(points(x), (0, 1), value=1.0)
         self.sums.index_add_(0, self.problem.target.split.place(near.index[:, 0]), values.double())
 
-    def centres(self, guess: Normal) -> Tensor:
+    def centres(self, guess: Guess) -> Tensor:
         """Mean sample (K, d) of each cell; an empty cell gets the point that ``guess`` maps to its atom. They take the
         place of the sums, which are large."""
         total, count = self.problem.grid.sample.sum(self.sums[:-1]).tensor_split([-1], dim=1)

@@ -244,6 +244,11 @@ def _drive(case: Case, progress: Progress | None, remarks: tuple[str, ...], room
                     f"{certificate.truncation:.1%} of the entropic plan lies beyond the {options.top_k} best latents "
                     f"of a sample; give a larger top_k, or a smaller epsilon"
                 )
+            if certificate.unseen:
+                watch.warn(
+                    f"{certificate.unseen:,} of {certificate.samples:,} samples see no latent within a right angle: "
+                    "there -log<x, y> is infinite, and so is the cost of every plan"
+                )
             return case.solution(progress, remarks, certificate)
 
 

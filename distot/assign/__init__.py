@@ -14,9 +14,11 @@ from torch import Tensor
 
 from distot.errors import InputError
 from distot.orbit import Orbits
+from distot.power import Cost, Quadratic
 from distot.problem import Problem
 from distot.source import Stream
 
+QUADRATIC = Quadratic()
 NAMES = ("auto", "native", "lists", "triton", "dense", "faiss")
 
 
@@ -82,16 +84,28 @@ def check(name: str, recall: float | None) -> None:
         raise InputError(f"recall must lie between 0 and 1, or be None for an exact search; it is {recall}")
 
 
-def build(name: str, atoms: Tensor, recall: float | None = None, among: int | None = None) -> Assigner:
+def build(
+    name: str, atoms: Tensor, recall: float | None = None, among: int | None = None, products: bool = False
+) -> Assigner:
     """The assigner ``name`` over atoms (n, d) float32.
 
     "native": our own kernels on the CPU. "lists": visits only those groups of atoms where the winner may be, exactly or
     with the recall asked for, on the CPU. "triton": our own kernel on an NVIDIA GPU. "dense": tiled torch, any device.
     "faiss": FAISS flat index on the CPU. "auto": the fastest by trial. among: how many atoms there are in all, if these
-    are a share of them. Raises InputError as ``check`` does, or
-    for a CPU search of atoms on a GPU.
+    are a share of them. products: scores are e^h <x, y> instead of <x, y> + h; "auto" is the plain search then.
+    Raises InputError as ``check`` does, or for a CPU search of atoms on a GPU, or of products by lists.
     """
     check(name, recall)
+    if products:
+        from distot.assign.native import Native
+        from distot.assign.products import Products
+
+        if name == "lists" or recall is not None:
+            raise InputError(
+                "lists leave out atoms by bounds for the quadratic cost alone; take assigner auto, without a recall"
+            )
+        name = _plainest(atoms.device) if name == "auto" else name
+        return Native(atoms, products=True) if name == "native" else Products(name, atoms)
     match name:
         case "native":
             from distot.assign.native import Native
@@ -127,15 +141,26 @@ def over(problem: Problem, name: str, recall: float | None = None) -> Assigner:
         from distot.assign.tiled import Tiled
 
         check(name, recall)
-        own = Tiled(target.atoms, feasible(problem, name)) if target.split.count else None
+        name = feasible(problem, name)
+        own = Tiled(target.atoms, name, products=problem.cost.spherical) if target.split.count else None
     elif target.split.count:
-        own = build(name, target.atoms.whole, recall, None if axis.size == 1 else target.n)
+        among = None if axis.size == 1 else target.n
+        own = build(name, target.atoms.whole, recall, among, problem.cost.spherical)
     if axis.size == 1:
         assert own is not None
-        return own
+        return scored(own, problem.cost)
     from distot.assign.sharded import Sharded
 
-    return Sharded(own, target.split)
+    return scored(Sharded(own, target.split), problem.cost)
+
+
+def scored(assigner: Assigner, cost: Cost) -> Assigner:
+    """The assigner with scores of this cost, from one that finds what its scores are made of."""
+    if isinstance(cost, Quadratic):
+        return assigner
+    from distot.assign.products import Logs
+
+    return Logs(assigner, cost)
 
 
 def feasible(problem: Problem, name: str) -> str:
@@ -147,7 +172,7 @@ def feasible(problem: Problem, name: str) -> str:
     if atoms.whole is not None or name in ("native", "dense", "triton"):
         return name
     if name == "auto":
-        return "native" if atoms.device.type == "cpu" else "dense"
+        return _plainest(atoms.device)
     raise InputError(
         f"assigner {name!r} keeps all latents in memory as float32, for which there is no room; allow more (memory), "
         "share them among more workers, or take auto"
@@ -169,10 +194,8 @@ def searches(
     ``poll`` is called before each search and may raise to stop; where one process works alone on atoms that come tile
     by tile, between these, too.
     """
-    from distot.assign.tiled import Tiled
-
-    if isinstance(assigner, Tiled) and problem.grid.world.size == 1:
-        assigner = Tiled(assigner.atoms, assigner.name, poll)
+    if problem.grid.world.size == 1:
+        assigner = _polled(assigner, poll)
     for group in problem.groups(stream, step, samples, k):
         poll()
         with problem.grid.meter.timed("search"):
@@ -180,6 +203,16 @@ def searches(
         lengths = [len(x) for _, x in group]
         parts = zip(group, near.index.split(lengths), near.score.split(lengths), strict=True)
         yield [(first, x, Winners(index, score)) for (first, x), index, score in parts]
+
+
+def _polled(assigner: Assigner, poll: Callable[[], None]) -> Assigner:
+    """The same assigner, which looks for signals between tiles if it searches these."""
+    from distot.assign.products import Logs
+    from distot.assign.tiled import Tiled
+
+    if isinstance(assigner, Logs):
+        return Logs(_polled(assigner.products, poll), assigner.cost)
+    return Tiled(assigner.atoms, assigner.name, poll, assigner.products) if isinstance(assigner, Tiled) else assigner
 
 
 def _joined(parts: list[Tensor | Orbits]) -> Tensor | Orbits:
@@ -191,6 +224,10 @@ def _joined(parts: list[Tensor | Orbits]) -> Tensor | Orbits:
     return torch.cat([x for x in parts if isinstance(x, Tensor)])
 
 
-def plain(atoms: Tensor) -> Assigner:
+def plain(atoms: Tensor, cost: Cost = QUADRATIC) -> Assigner:
     """The exact assigner that needs no preparation and is fast for any samples, on the device of the atoms."""
-    return build("native" if atoms.device.type == "cpu" else "dense", atoms)
+    return scored(build(_plainest(atoms.device), atoms, products=cost.spherical), cost)
+
+
+def _plainest(device: torch.device) -> str:
+    return "native" if device.type == "cpu" else "dense"

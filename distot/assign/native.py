@@ -12,6 +12,7 @@ from distot.assign import Exact, Winners
 from distot.atoms import available, tile_rows
 from distot.errors import InputError
 from distot.orbit import Orbits, points
+from distot.power import factors
 
 TURNED_BYTES = 256 << 20  # for a piece of the atoms as an orbit's blocks see them
 TURNED_SHARE = 0.25  # of the memory that is available, which all of them together may take to be kept for the next call
@@ -19,15 +20,18 @@ TURNED_ROWS = 8192  # at a time, at most; divides a tile
 
 
 class Native(Exact):
-    """``isa``: instruction set, one of ``_native.available()``, the best if None. It uses torch's thread count."""
+    """``isa``: instruction set, one of ``_native.available()``, the best if None. It uses torch's thread count.
+
+    products: the score of an atom is e^h <x, y> instead of <x, y> + h.
+    """
 
     name = "native"
 
-    def __init__(self, atoms: Tensor, isa: str | None = None) -> None:
+    def __init__(self, atoms: Tensor, isa: str | None = None, products: bool = False) -> None:
         if atoms.device.type != "cpu":
             raise InputError(f"the native assigner searches on the CPU, the atoms are on {atoms.device}; use 'dense'")
         self.isa = isa or _native.available()[0]
-        self.atoms = atoms.contiguous()
+        self.atoms, self.products = atoms.contiguous(), products
         self._basis: Tensor | None = None
         self._turned = self.atoms[:, None]  # (n, g, w), if there is a basis
 
@@ -42,8 +46,12 @@ class Native(Exact):
         else:
             draws, pieces = points(x).contiguous()[:, None], iter([self.atoms[:, None]])
         h, first, threads = heights.float().contiguous(), begin, torch.get_num_threads()
+        factor = factors(heights) if self.products else None
         for atoms in pieces:
-            own = h[first - begin : first - begin + len(atoms)]
+            part = slice(first - begin, first - begin + len(atoms))
+            own = h[part]
+            if factor is not None:
+                atoms, own = atoms * factor[part, None, None], torch.zeros_like(own)
             _native.search(draws, atoms, own, threads, self.isa, near.index, near.score, first, more=first > 0)
             first += len(atoms)
         return near

@@ -21,15 +21,17 @@ from distot.orbit import Orbits
 
 class Tiled(Exact):
     """``name``: of the assigner that searches each tile: "native", bit for bit as it would search all atoms at once,
-    "dense" or "triton". ``poll`` is called between tiles and may raise to stop.
+    "dense" or "triton". ``poll`` is called between tiles and may raise to stop. products: as in ``Native``.
 
     Raises InputError where that assigner does, and in a call what reading the atoms raises.
     """
 
-    def __init__(self, atoms: Framed, name: str, poll: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, atoms: Framed, name: str, poll: Callable[[], None] = lambda: None, products: bool = False
+    ) -> None:
         if name == "native" and atoms.device.type != "cpu":
             raise InputError(f"the native assigner searches on the CPU, the atoms are on {atoms.device}; use 'dense'")
-        self.atoms, self.name, self.poll = atoms, name, poll
+        self.atoms, self.name, self.poll, self.products = atoms, name, poll, products
 
     def __call__(self, x: Tensor | Orbits, heights: Tensor, k: int = 2) -> Winners:
         near = Winners(torch.empty(len(x), k, dtype=torch.int64), torch.empty(len(x), k))
@@ -40,9 +42,9 @@ class Tiled(Exact):
                 self.poll()
                 h = heights[first : first + len(tile)]
                 if self.name == "native":
-                    near = Native(tile).go_on(x, h, near, first)
+                    near = Native(tile, products=self.products).go_on(x, h, near, first)
                 else:
-                    found = build(self.name, tile)(x, h, min(k, len(tile)))
+                    found = build(self.name, tile, products=self.products)(x, h, min(k, len(tile)))
                     near = found if first == 0 else _merged(near, found, first, k)
         return near
 
