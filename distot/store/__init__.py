@@ -8,6 +8,7 @@ from distot.store.files import explained, need_space, new_file
 from distot.store.latents import Latents, LatentsWriter, copy_latents, new_latents, open_latents
 from distot.store.lock import TakenOver
 from distot.store.places import Place, Url, as_place, reference, referred
+from distot.store.rows import RowFile, RowWriter, new_rows
 from distot.store.runs import Checkpoint, Dropped, Part, Run
 
 __all__ = [
@@ -17,6 +18,8 @@ __all__ = [
     "LatentsWriter",
     "Part",
     "Place",
+    "RowFile",
+    "RowWriter",
     "Run",
     "TakenOver",
     "Url",
@@ -26,6 +29,7 @@ __all__ = [
     "need_space",
     "new_file",
     "new_latents",
+    "new_rows",
     "open_latents",
     "reference",
     "referred",

@@ -92,6 +92,8 @@ def open_latents(path: str | Place, array: str | None = None) -> Latents:
     if attributes.get("format") == "distot-run":
         raise InputError(f"{path} is a run, not latents; give the latents it was solved for")
     ours = attributes.get("format") == FORMAT
+    if attributes.get("unfinished") and "written" in attributes:
+        raise StoreError(f"{path} is not complete; the command that was writing it goes on when it is given again")
     if attributes.get("unfinished"):
         raise StoreError(f"{path} is not complete: it is being written, or its writer was killed; delete it")
     with meaningful(path):
