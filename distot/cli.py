@@ -279,13 +279,13 @@ def assign(
 @app.command()
 def pairs(
     run: RunPath,
-    out: Annotated[Any, typer.Argument(parser=as_place, metavar="PAIRS.zarr", help="The store to make, or go on with.")],
+    out: Annotated[Any, typer.Argument(parser=as_place, metavar="PAIRS.zarr", help="The store to make or go on with.")],
     samples: Annotated[
         int | None,
         typer.Option("-n", "--samples", parser=parse_count, metavar="COUNT", help="Pairs; default: one per latent."),
     ] = None,
-    balance: Annotated[bool, typer.Option("--balance", help="Give every latent exactly its share of the pairs.")] = False,
-    independent: Annotated[bool, typer.Option("--independent", help="No orbits: all noise vectors independent.")] = False,
+    balance: Annotated[bool, typer.Option("--balance", help="Every latent gets exactly its share of them.")] = False,
+    independent: Annotated[bool, typer.Option("--independent", help="No orbits: all noise independent.")] = False,
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
     epoch: Annotated[int, typer.Option(min=0, help="Another number draws other, independent noise.")] = 0,
     latents: Moved = None,

@@ -122,7 +122,7 @@ class Loader(IterableDataset[Batch], ABC):
 
     def state_dict(self) -> dict[str, int]:
         """Where this process is, for torchdata's StatefulDataLoader, or for use without workers."""
-        return self._at or self._begin or {"epoch": self.epoch, "batch": int(self._epoch[1])}
+        return self._at or self._begin or {"epoch": self.epoch, "batch": int(self._epoch[1]), "part": 0}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """The next iteration goes on there, with the same number of workers."""
@@ -132,14 +132,15 @@ class Loader(IterableDataset[Batch], ABC):
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
         epoch, start = self._epoch.tolist()
-        skip = max(0, -(-(start - worker) // workers))  # batches come from the workers in turn
+        part = (worker + start) % workers  # batches come from the workers in turn, and worker 0 is asked first
+        skip = max(0, -(-(start - part) // workers))
         if self._begin is not None:
-            epoch, skip = self._begin["epoch"], self._begin["batch"]
+            epoch, skip, part = self._begin["epoch"], self._begin["batch"], self._begin["part"]
         self._begin = None
-        own = self.plan.own(worker, workers)
+        own = self.plan.own(part, workers)
         while True:
             for number, batch in enumerate(self._batches(epoch, own, skip), skip + 1):
-                self._at = {"epoch": epoch, "batch": number}
+                self._at = {"epoch": epoch, "batch": number, "part": part}
                 yield batch
             if not self.plan.endless or not own:
                 return
