@@ -148,10 +148,10 @@ def draw(results: dict[str, dict[str, Result]], file: Path) -> None:
 
     plane = next(iter(results.values()))
     figure, axes = plt.subplots(1, len(plane) + len(results), figsize=(14, 3), layout="constrained")
-    for axis, (name, its) in zip(axes, plane.items(), strict=False):
-        axis.plot(*its.paths.permute(2, 0, 1).numpy(), color="tab:blue", alpha=0.25, linewidth=0.5)
-        axis.plot(*its.paths[-1].T.numpy(), ".", color="tab:red", markersize=2)
-        axis.set(title=f"{name}\ncurvature {its.curvature:.3f}", xticks=[], yticks=[], aspect="equal")
+    for axis, (name, found) in zip(axes, plane.items(), strict=False):
+        axis.plot(*found.paths.permute(2, 0, 1).numpy(), color="tab:blue", alpha=0.25, linewidth=0.5)
+        axis.plot(*found.paths[-1].T.numpy(), ".", color="tab:red", markersize=2)
+        axis.set(title=f"{name}\ncurvature {found.curvature:.3f}", xticks=[], yticks=[], aspect="equal")
     for axis, (title, its) in zip(axes[len(plane) :], results.items(), strict=True):
         for name, found in its.items():
             axis.loglog(list(found.distance), list(found.distance.values()), "o-", label=name, markersize=3)

@@ -316,7 +316,8 @@ def test_classes_come_in_their_shares(balanced: bool) -> None:
 
 def test_classes_in_a_folder(tmp_path: Path) -> None:
     """Text as labels, masses, and a second call that finds its work done."""
-    text, mass, heard = np.array(["a/b", "c"])[(LABELS > 3).astype(int)], np.arange(400) + 1.0, []
+    text, mass = np.array(["a/b", "c"])[(LABELS > 3).astype(int)], np.arange(400) + 1.0
+    heard: list[dict[str, Any]] = []
     options: dict[str, Any] = {"until_chi2": 0.2, "progress": False, "run": tmp_path / "all"}
     with pytest.warns(distot.DistotWarning, match="sum to"):
         first = distot.solve_classes(CLOUD, text, mass=mass, on_event=heard.append, **options)
@@ -393,6 +394,7 @@ def test_a_plan_sampler_in_the_place_of_another() -> None:
     _, again, left, label = sampler.sample_plan_with_labels(x0, x1, y0, None)
     assert torch.equal(again, latent)
     assert left is y0
+    assert label is not None
     assert np.array_equal(label, LABELS[solution().assign(x0.flatten(1))])
     assert distot.PlanSampler(solution()).sample_plan_with_labels(x0)[2:] == (None, None)
     with pytest.raises(InputError, match=r"shape \(B, 4\), not \(32, 3\)"):
