@@ -88,6 +88,15 @@ def test_classes_go_on(tmp_path: Path) -> None:
     assert [(folder / f"{label}.run.zarr/log.jsonl").read_bytes() for label in (10, 11)] == kept
 
 
+def test_flows_of_three_kinds_of_pairs(tmp_path: Path) -> None:
+    """Even after a moment's training paths are straighter with better pairs."""
+    said = run("-m", "jobs.flow", "--quick", folder=tmp_path).stdout
+    curvature = [float(line[16:].split()[0]) for line in said.splitlines() if line[:6] in ("indepe", "plan p", "distot")]
+    assert len(curvature) == 6
+    assert curvature[2] < 0.6 * curvature[0]
+    assert curvature[5] < 0.9 * curvature[3]
+
+
 def test_certify_again_and_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     distot.solve(np.random.default_rng(0).random((200, 2)), until_chi2=0.2, run=tmp_path / "run.zarr", progress=False)
     certify(str(tmp_path / "run.zarr"), 2, None, None)
