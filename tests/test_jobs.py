@@ -91,7 +91,9 @@ def test_classes_go_on(tmp_path: Path) -> None:
 def test_flows_of_three_kinds_of_pairs(tmp_path: Path) -> None:
     """Even after a moment's training paths are straighter with better pairs."""
     said = run("-m", "jobs.flow", "--quick", folder=tmp_path).stdout
-    curvature = [float(line[16:].split()[0]) for line in said.splitlines() if line[:6] in ("indepe", "plan p", "distot")]
+    curvature = [
+        float(line[16:].split()[0]) for line in said.splitlines() if line[:6] in ("indepe", "plan p", "distot")
+    ]
     assert len(curvature) == 6
     assert curvature[2] < 0.6 * curvature[0]
     assert curvature[5] < 0.9 * curvature[3]
