@@ -139,9 +139,9 @@ def main() -> None:
     certificate = solution.certificate
     lines = [
         f"N = {n:,} image patches, d = {d}, Gaussian noise, batches of {BATCH}, chi2 = {certificate.chi2:.4f} ± "
-        f"{certificate.chi2_error:.4f}. Pairs a second in {ROUNDS} rounds of {seconds:g} s each, in which all took turns: "
-        f"median, least and most. Load average over five minutes at their end: {load:.1f}, of which this bench is about "
-        f"{THREADS}.",
+        f"{certificate.chi2_error:.4f}. Pairs a second in {ROUNDS} rounds of {seconds:g} s each, in which all took "
+        f"turns: median, least and most. Load average over five minutes at their end: {load:.1f}, of which this bench is "
+        f"about {THREADS}.",
         "",
         "| | median | least | most |",
         "|---|---|---|---|",

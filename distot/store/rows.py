@@ -55,6 +55,9 @@ class RowFile:
         self.kept, self.state = attributes, attributes["state"]
         self.about = {name: value for name, value in attributes.items() if name not in OWN}
 
+    def __reduce__(self) -> tuple[type[RowFile], tuple[Place]]:
+        return RowFile, (self.path,)  # opened again in another process
+
     @property
     def complete(self) -> bool:
         return self.written == self.rows
