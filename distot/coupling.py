@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from distot.noise import Chance, Noise, check_seed
 from distot.orbit import Orbit
 from distot.solution import Solution
 from distot.solver import entropic_part
-from distot.store import Latents
+from distot.store import Latents, Opened, Place, open_latents
 from distot.target import check_mass
 
 Index = NDArray[np.int64]
@@ -39,6 +40,8 @@ class Coupling:
         source = self.problem.source
         whole = Orbit(source.dim, "none", self.problem.seed) if self.basis is None else self.problem.orbit
         self.noise = Noise(source, whole, seed)
+        rows, kept = solution.held.latents, self.problem.target.atoms.kept
+        self.opened = Opened(rows.path) if isinstance(rows, Latents) and kept == "disk" else None
         self.soft: Soft | None = entropic_part(self.problem, solution.options)
 
     @property
@@ -68,6 +71,8 @@ class Coupling:
 
     def search(self, epoch: int, first: int, last: int, k: int) -> tuple[Tensor, Winners]:
         """Samples ``first`` to ``last`` of an epoch, (B, d) float64 in user units, with their k best atoms."""
+        if self.opened is not None:
+            self.opened.check()
         z = self.noise.draws(epoch, first, last)
         x = self.noise.points(z, first, last)
         heights = self.solution.held.progress.state.average
@@ -117,12 +122,23 @@ class Shelf:
 
     def __init__(self, rows: Rows) -> None:
         self.rows: Rows | Latents = rows
+        self.opened = Opened(rows.path) if isinstance(rows, Latents) else None
         if isinstance(rows, Latents):
             size = rows.shape[0] * rows.shape[1] * rows.dtype.itemsize
             if size <= SHARE * available(torch.device("cpu")):
-                self.rows = rows[0 : rows.shape[0]]
+                self.rows, self.opened = rows[0 : rows.shape[0]], None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For another process, which opens a store again."""
+        return (Shelf, (self.rows,)) if self.opened is None else (_opened_shelf, (self.opened.place,))
 
     def take(self, index: Index) -> Tensor:
         """(B, d) for any numbers of latents (B,)."""
+        if self.opened is not None:
+            self.opened.check()
         found = self.rows.take(index) if isinstance(self.rows, Latents) else np.asarray(self.rows)[index]
         return torch.from_numpy(np.ascontiguousarray(found, dtype=np.float32))
+
+
+def _opened_shelf(place: Place) -> Shelf:
+    return Shelf(open_latents(place))

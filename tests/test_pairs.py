@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 import distot
 from distot.balance import balance, balanced_index, quotas
 from distot.cli import main as command
-from distot.coupling import Coupling
+from distot.coupling import Coupling, Shelf
 from distot.entropic import shares
 from distot.errors import InputError, StoreError
 from distot.loader import Loader, Plan
@@ -28,6 +28,7 @@ from distot.noise import Noise
 from distot.orbit import Orbit
 from distot.solution import Solution
 from distot.source import Key, Product, Samples, Stream, as_source, from_spec
+from distot.store import Latents
 
 RNG = np.random.default_rng(5)
 CLOUD = (RNG.standard_normal((400, 4)) * [2, 1, 1, 0.5]).astype(np.float16)
@@ -401,14 +402,17 @@ def test_a_plan_sampler_in_the_place_of_another() -> None:
         sampler.sample_plan(torch.zeros(32, 3))
 
 
-def test_latents_in_a_store(tmp_path: Path) -> None:
+def test_latents_in_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Read into memory where they fit, by rows where they do not."""
     found = distot.load(solution().save(tmp_path / "run.zarr"))
     expected = joined(distot.Pairs(solution(), 100))
     for fits in (True, False):
         pairs = distot.Pairs(found, 100)
         assert pairs.shelf is not None
-        pairs.shelf.rows = pairs.shelf.rows if fits else found.held.latents
+        if not fits:
+            monkeypatch.setattr("distot.coupling.SHARE", 0.0)
+            pairs.shelf = pickle.loads(pickle.dumps(Shelf(found.held.latents)))
+            assert isinstance(pairs.shelf.rows, Latents)
         assert all(torch.equal(a, b) for a, b in zip(joined(pairs), expected, strict=True))
 
 
