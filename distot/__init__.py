@@ -4,18 +4,23 @@ from distot import live
 from distot.api import assign_file, certify, generate_file, load, resume, solve
 from distot.cells import Cells
 from distot.certify import Certificate
+from distot.classes import Classes, load_classes, solve_classes
+from distot.conditional import conditional
 from distot.errors import DistotError, DistotWarning, InputError, StoreError
 from distot.exact import ExactCells
 from distot.generate import Generated, Mixing
+from distot.pairs import ClassPairs, PairFile, Pairs, PlanSampler, write_pairs
 from distot.power import heights_to_weights, weights_to_heights
 from distot.report import report
 from distot.solution import Interrupted, Solution
-from distot.source import Ball, Cube, Gaussian, Sampler, Samples, Source, Sphere
+from distot.source import Ball, Cube, Gaussian, Product, Sampler, Samples, Source, Sphere
 
 __all__ = [
     "Ball",
     "Cells",
     "Certificate",
+    "ClassPairs",
+    "Classes",
     "Cube",
     "DistotError",
     "DistotWarning",
@@ -25,6 +30,10 @@ __all__ = [
     "InputError",
     "Interrupted",
     "Mixing",
+    "PairFile",
+    "Pairs",
+    "PlanSampler",
+    "Product",
     "Sampler",
     "Samples",
     "Solution",
@@ -33,12 +42,16 @@ __all__ = [
     "StoreError",
     "assign_file",
     "certify",
+    "conditional",
     "generate_file",
     "heights_to_weights",
     "live",
     "load",
+    "load_classes",
     "report",
     "resume",
     "solve",
+    "solve_classes",
     "weights_to_heights",
+    "write_pairs",
 ]

@@ -12,6 +12,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -357,6 +358,41 @@ def export(
     with new_file(out) as partial, partial.open("wb") as file:
         np.save(file, solution.heights if convention == "heights" else solution.weights)
     print(f"{out}: {solution.facts.shape[0]:,} numbers")
+    return 0
+
+
+@app.command()
+def pairs(
+    run: RunPath,
+    out: Annotated[Any, typer.Argument(parser=as_place, metavar="PAIRS.zarr", help="The store to make or go on with.")],
+    samples: Annotated[
+        int | None,
+        typer.Option("-n", "--samples", parser=parse_count, metavar="COUNT", help="Pairs; default: one per latent."),
+    ] = None,
+    balance: Annotated[bool, typer.Option("--balance", help="Every latent gets exactly its share of them.")] = False,
+    independent: Annotated[bool, typer.Option("--independent", help="No orbits: all noise independent.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    epoch: Annotated[int, typer.Option(min=0, help="Another number draws other, independent noise.")] = 0,
+    latents: Moved = None,
+    device: Device = None,
+) -> int:
+    """Write pairs for flow matching: the latent of each of many noise vectors, which distot.PairFile draws again.
+
+    Example: distot pairs run.zarr pairs.zarr -n 1e7 --balance
+    """
+    solution = distot.load(run, latents=latents, device=device)
+    with err.status("searching") if err.is_terminal else nullcontext() as status:
+
+        def tell(done: int, total: int) -> None:
+            if status is not None:
+                status.update(f"{done:,} of {total:,} pairs")
+
+        found = distot.write_pairs(
+            solution, out, samples, seed=seed, epoch=epoch, orbits=not independent, balanced=balance, on_rows=tell
+        )
+    if found is not None:
+        print(found)
+    print(f"{out}: complete; use it as distot.PairFile({str(out)!r}, latents)")
     return 0
 
 

@@ -238,6 +238,13 @@ def join(address: str, rank: int, shape: tuple[int, int], device: str, seconds: 
     return Grid(target, sample, Axis(world, rank, dist.group.WORLD, meter))
 
 
+def rank_of_training() -> tuple[int, int]:
+    """Rank of this process and size of the user's own process group, if there is one."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
 def leave() -> None:
     """Gives up the group of this process, if it has one."""
     if dist.is_initialized():

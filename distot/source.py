@@ -39,6 +39,7 @@ class Stream(enum.IntEnum):
     MOMENTS = 5
     CELLS = 6
     GENERATE = 7
+    PAIRS = 8
 
 
 class Key(NamedTuple):
@@ -79,20 +80,33 @@ def _sobol(seed: int, stream: Stream, step: int, columns: int) -> SobolEngine:
 
 
 class Source(ABC):
-    """A probability on R^d that can be sampled: ``place``, an affine map, of a variable that has a ``symmetry``."""
+    """A probability on R^d that can be sampled: ``place``, an affine map, of a variable that has a ``symmetry``.
+
+    A source implements ``shaped`` with the number of its ``columns``, or ``centred`` itself.
+    """
 
     kind: ClassVar[str]
-    symmetry: ClassVar[Symmetry] = "none"
+    symmetry: Symmetry = "none"
 
     def __init__(self, dim: int) -> None:
         if dim < 1:
             raise InputError(f"a source needs a dimension of at least 1, not {dim}")
         self.dim = dim
 
-    @abstractmethod
+    @property
+    def columns(self) -> int | None:
+        """Uniform numbers that a sample takes; None if it is not made of such."""
+        return self.dim
+
+    def shaped(self, u: Tensor) -> Tensor:
+        """The variable about zero (n, d) float64 from uniform numbers (n, columns)."""
+        raise NotImplementedError
+
     def centred(self, key: Key, n: int) -> Tensor:
         """The variable about zero (n, d) float64 of the block named by ``key``; all rotations, or all sign flips of
         its coordinates, keep its law if ``symmetry`` says so."""
+        assert self.columns is not None
+        return self.shaped(uniforms(key, n, self.columns))
 
     def place(self, z: Tensor) -> Tensor:
         """Samples (n, d) in user units from the variable about zero."""
@@ -149,8 +163,8 @@ class Gaussian(Source):
             raise InputError(f"Gaussian: cov is not positive semi-definite, an eigenvalue is {values[0]:.3g}")
         return torch.from_numpy((vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T)
 
-    def centred(self, key: Key, n: int) -> Tensor:
-        return torch.special.ndtri(uniforms(key, n, self.dim))
+    def shaped(self, u: Tensor) -> Tensor:
+        return torch.special.ndtri(u)
 
     def place(self, z: Tensor) -> Tensor:
         return torch.from_numpy(self.mean) + (z @ self._root if self._root.ndim == 2 else z * self._root)
@@ -175,8 +189,8 @@ class Cube(Source):
             raise InputError(f"Cube: low {low} must be below high {high}, both finite")
         self.low, self.high = float(low), float(high)
 
-    def centred(self, key: Key, n: int) -> Tensor:
-        return (self.high - self.low) * (uniforms(key, n, self.dim) - 0.5)
+    def shaped(self, u: Tensor) -> Tensor:
+        return (self.high - self.low) * (u - 0.5)
 
     def place(self, z: Tensor) -> Tensor:
         return z + 0.5 * (self.low + self.high)
@@ -222,8 +236,11 @@ class Ball(Round):
 
     kind = "ball"
 
-    def centred(self, key: Key, n: int) -> Tensor:
-        u = uniforms(key, n, self.dim + 1)
+    @property
+    def columns(self) -> int:
+        return self.dim + 1
+
+    def shaped(self, u: Tensor) -> Tensor:
         return self.radius * u[:, -1:] ** (1.0 / self.dim) * self._directions(u[:, :-1])
 
     def moments(self, seed: int) -> tuple[Array, Array]:
@@ -235,8 +252,8 @@ class Sphere(Round):
 
     kind = "sphere"
 
-    def centred(self, key: Key, n: int) -> Tensor:
-        return self.radius * self._directions(uniforms(key, n, self.dim))
+    def shaped(self, u: Tensor) -> Tensor:
+        return self.radius * self._directions(u)
 
     def moments(self, seed: int) -> tuple[Array, Array]:
         return self.centre, np.eye(self.dim) * self.radius**2 / self.dim
@@ -260,8 +277,12 @@ class Samples(Source):
         super().__init__(int(r.shape[1]))
         self.rows = r
 
-    def centred(self, key: Key, n: int) -> Tensor:
-        index = (uniforms(key, n, 1)[:, 0] * len(self.rows)).long().clamp_max(len(self.rows) - 1)
+    @property
+    def columns(self) -> int:
+        return 1
+
+    def shaped(self, u: Tensor) -> Tensor:
+        index = (u[:, 0] * len(self.rows)).long().clamp_max(len(self.rows) - 1)
         return torch.from_numpy(self.rows[index.numpy()].astype(np.float64))
 
     def moments(self, seed: int) -> tuple[Array, Array]:
@@ -284,6 +305,10 @@ class Sampler(Source):
         super().__init__(dim)
         self.sample = sample
 
+    @property
+    def columns(self) -> None:
+        return None
+
     def centred(self, key: Key, n: int) -> Tensor:
         x = np.asarray(self.sample(key.generator(), n), dtype=np.float64)
         if x.shape != (n, self.dim):
@@ -299,6 +324,57 @@ class Sampler(Source):
     def spec(self) -> tuple[Spec, dict[str, NDArray[Any]]]:
         name = getattr(self.sample, "__qualname__", type(self.sample).__name__)
         return {"kind": self.kind, "dim": self.dim, "name": name}, {}
+
+
+class Product(Source):
+    """Two independent sources side by side: the first coordinates are of ``first``, the others of ``second``."""
+
+    kind = "product"
+
+    def __init__(self, first: Source, second: Source) -> None:
+        super().__init__(first.dim + second.dim)
+        self.first, self.second = first, second
+        if first.symmetry != "none" and second.symmetry != "none":  # rotations flip signs, too
+            self.symmetry = "rotations" if _normal(first) and _normal(second) else "signs"
+
+    @property
+    def columns(self) -> int | None:
+        a, b = self.first.columns, self.second.columns
+        return None if a is None or b is None else a + b
+
+    def shaped(self, u: Tensor) -> Tensor:
+        own = self.first.columns
+        assert own is not None
+        return torch.cat([self.first.shaped(u[:, :own]), self.second.shaped(u[:, own:])], dim=1)
+
+    def centred(self, key: Key, n: int) -> Tensor:
+        if self.columns is not None:
+            return super().centred(key, n)
+        other = int(np.random.SeedSequence(key.seed, spawn_key=(1,)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+        return torch.cat([self.first.centred(key, n), self.second.centred(key._replace(seed=other), n)], 1)
+
+    def place(self, z: Tensor) -> Tensor:
+        return torch.cat([self.first.place(z[:, : self.first.dim]), self.second.place(z[:, self.first.dim :])], 1)
+
+    def moments(self, seed: int) -> tuple[Array, Array]:
+        (mean, cov), (other_mean, other_cov) = self.first.moments(seed), self.second.moments(seed)
+        d = self.first.dim
+        whole = np.zeros((self.dim, self.dim))
+        whole[:d, :d], whole[d:, d:] = cov, other_cov
+        return np.concatenate([mean, other_mean]), whole
+
+    def spec(self) -> tuple[Spec, dict[str, NDArray[Any]]]:
+        spec: Spec = {"kind": self.kind, "dim": self.dim}
+        arrays: dict[str, NDArray[Any]] = {}
+        for name, source in (("first", self.first), ("second", self.second)):
+            spec[name], its = source.spec()
+            arrays |= {f"{name}-{key}": values for key, values in its.items()}
+        return spec, arrays
+
+
+def _normal(source: Source) -> bool:
+    """Whether the variable about zero is a standard normal one, so that two of them together are one again."""
+    return isinstance(source, Gaussian) or (isinstance(source, Product) and source.symmetry == "rotations")
 
 
 def _moments(rows: NDArray[Any]) -> tuple[Array, Array]:
@@ -355,5 +431,9 @@ def from_spec(spec: Spec, arrays: dict[str, NDArray[Any]]) -> Source:
         )
     if kind == "samples":
         return Samples(arrays["rows"])
+    if kind == "product":
+        parts = ("first", "second")
+        its = [{k.removeprefix(f"{p}-"): v for k, v in arrays.items() if k.startswith(f"{p}-")} for p in parts]
+        return Product(*(from_spec(spec[part], own) for part, own in zip(parts, its, strict=True)))
     kinds: dict[str, Callable[..., Source]] = {s.kind: s for s in (Gaussian, Cube, Ball, Sphere)}
     return kinds[kind](**values, **arrays)

@@ -1,49 +1,55 @@
 """One transport problem for each class: noise is paired with the latents of its own label.
 
-    python -m jobs.classes latents.npy labels.npy classes --until-chi2 0.05
+    python -m jobs.classes latents.npy labels.npy classes --until-chi2 0.05 --workers 8
 
-Each class gets a store and a run, ``classes/LABEL.latents.zarr`` and ``classes/LABEL.run.zarr``; options behind the
-folder are those of ``distot solve``, --workers and --ray too. Started again it goes on with what is not done yet.
+Started again it goes on with what is not done yet. Then ``distot.ClassPairs("classes")`` has pairs for training.
 """
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+import math
+from typing import Annotated, Any
 
 import numpy as np
+import typer
 
-from distot import load
-from distot.store import as_place, copy_latents
+import distot
+from distot.arguments import Count, RayAddress, Seconds, Workers, parse_goal
+from distot.store import as_place
 from jobs.demo import say
-from jobs.solve import main as solve
-
-DONE, OUT_OF_BUDGET = 0, 3  # exit codes of ``distot solve`` after which the next class has its turn
 
 
-def main(words: list[str]) -> None:
-    if len(words) < 3 or words[0] in ("-h", "--help"):
-        sys.exit(__doc__)
-    rows, labels, folder = np.load(words[0], mmap_mode="r"), np.load(words[1]), as_place(words[2])
-    if labels.shape != rows.shape[:1]:
-        sys.exit(f"{words[1]} must hold one label for each of the {len(rows):,} latents, its shape is {labels.shape}")
-    if isinstance(folder, Path):
-        folder.mkdir(parents=True, exist_ok=True)
-    for label, count in zip(*np.unique(labels, return_counts=True), strict=True):
-        latents, run = folder / f"{label}.latents.zarr", folder / f"{label}.run.zarr"
-        say(f"\nclass {label}: {count:,} latents")
-        if not latents.exists():
-            copy_latents(rows[labels == label], None, latents, f"class {label} of {words[0]}")
-        try:
-            solve([str(latents), str(run), *words[3:]])
-        except SystemExit as end:
-            if end.code not in (DONE, OUT_OF_BUDGET):
-                raise
-    say("\nclass    latents    chi2")
-    for label in np.unique(labels):
-        found = load(folder / f"{label}.run.zarr")
-        say(f"{label!s:<8} {found.facts.shape[0]:<10,} {found.certificate.chi2:.4f}")
+def main(
+    latents: Annotated[str, typer.Argument(metavar="LATENTS", help="npy file, or a store made by `distot ingest`.")],
+    labels: Annotated[str, typer.Argument(metavar="LABELS.npy", help="One label for each latent.")],
+    folder: Annotated[Any, typer.Argument(parser=as_place, metavar="FOLDER", help="Where the runs of all classes go.")],
+    source: Annotated[str, typer.Option(help="gaussian, cube, ball or sphere.")] = "gaussian",
+    until_chi2: Annotated[float, typer.Option(parser=parse_goal, metavar="CHI2", help="Goal of each class.")] = "0.05",  # type: ignore[assignment]
+    max_samples: Count = None,
+    max_seconds: Seconds = None,
+    workers: Workers = None,
+    ray: RayAddress = None,
+) -> None:
+    """Solve a transport problem for each class, or go on with those that are not done."""
+    budget = {"max_samples": max_samples, "max_seconds": max_seconds}
+    rows = np.load(latents, mmap_mode="r") if latents.endswith(".npy") else latents
+    found = distot.solve_classes(
+        rows,
+        np.load(labels),
+        source,
+        run=folder,
+        on_class=lambda label, count: say(f"class {label}: {count:,} latents"),
+        workers=workers,
+        ray=ray,
+        until_chi2=None if until_chi2 == math.inf else until_chi2,
+        **{name: value for name, value in budget.items() if value is not None},
+    )
+    say("\nclass    latents    chi2      ended by")
+    for label, its in found.items():
+        say(f"{label!s:<8} {its.facts.shape[0]:<10,} {its.certificate.chi2:<9.4f} {its.reason}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
+    app.command()(main)
+    app()

@@ -169,7 +169,9 @@ class TestNative(Contract):
             found = search(x, heights, 3)
             assert torch.equal(found.index, expected.index)
             assert torch.equal(found.score, expected.score)
-        assert (len(search._turned), search._basis is x.basis) == (3000, share > 0)
+        kept = search._kept
+        assert (kept is None) == (share == 0)
+        assert kept is None or (kept[0] is x.basis and len(kept[1]) == 3000)
 
 
 class TestPortable(Contract):

@@ -13,7 +13,6 @@ import pytest
 
 import distot
 from jobs.certify import main as certify
-from jobs.classes import main as classes
 from jobs.patches import patches
 
 ROOT = Path(__file__).parent.parent
@@ -71,21 +70,37 @@ def test_solve_or_go_on(tmp_path: Path) -> None:
     assert distot.load(tmp_path / "run.zarr").reason == "until_chi2"
 
 
-def test_classes_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_classes_go_on(tmp_path: Path) -> None:
     """Each class is a problem of its own; those that are done are left alone."""
     labels = np.arange(300) % 2 + 10
     np.save(tmp_path / "z.npy", np.random.default_rng(0).standard_normal((300, 3)) + labels[:, None])
     np.save(tmp_path / "labels.npy", labels)
     folder = tmp_path / "classes"
-    words = [str(tmp_path / "z.npy"), str(tmp_path / "labels.npy"), str(folder), "--until-chi2", "0.2"]
-    classes(words)
-    assert "class 11: 150 latents" in capsys.readouterr().out
+    job = ("-m", "jobs.classes", "z.npy", "labels.npy", "classes", "--until-chi2", "0.2")
+    first = run(*job, folder=tmp_path)
+    assert "class 11: 150 latents" in first.stdout
     runs = [distot.load(folder / f"{label}.run.zarr") for label in (10, 11)]
     assert [found.reason for found in runs] == ["until_chi2"] * 2
     assert [round(found.map(np.zeros((5, 3))).mean()) for found in runs] == [10, 11]
-    classes(words)
-    assert capsys.readouterr().out.count("state              until_chi2") == 2
-    certify(str(folder / "10.run.zarr"), 2, None, None)
+    kept = [(folder / f"{label}.run.zarr/log.jsonl").read_bytes() for label in (10, 11)]
+    assert run(*job, folder=tmp_path).stdout == first.stdout
+    assert [(folder / f"{label}.run.zarr/log.jsonl").read_bytes() for label in (10, 11)] == kept
+
+
+def test_flows_of_three_kinds_of_pairs(tmp_path: Path) -> None:
+    """Even after a moment's training paths are straighter with better pairs."""
+    said = run("-m", "jobs.flow", "--quick", folder=tmp_path).stdout
+    curvature = [
+        float(line[16:].split()[0]) for line in said.splitlines() if line[:6] in ("indepe", "plan p", "distot")
+    ]
+    assert len(curvature) == 6
+    assert curvature[2] < 0.6 * curvature[0]
+    assert curvature[5] < 0.9 * curvature[3]
+
+
+def test_certify_again_and_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    distot.solve(np.random.default_rng(0).random((200, 2)), until_chi2=0.2, run=tmp_path / "run.zarr", progress=False)
+    certify(str(tmp_path / "run.zarr"), 2, None, None)
     assert "mean: chi2 0." in capsys.readouterr().out
 
 

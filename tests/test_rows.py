@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import resource
 import shutil
 import subprocess
@@ -225,3 +226,15 @@ def test_in_an_object_store(bucket: str) -> None:
     with begin(path) as out:
         fill(out)
     assert_right(path, ROWS)
+
+
+def test_forked_processes_are_told(bucket: str) -> None:
+    """A client of an object store would wait for ever there; one that starts afresh opens the rows again."""
+    with begin(f"{bucket}/rows.zarr") as out:
+        fill(out)
+    found = RowFile(f"{bucket}/rows.zarr")
+    again = pickle.loads(pickle.dumps(found))
+    assert np.array_equal(again.read("index"), np.arange(ROWS))
+    found.opened.process += 1  # as if this process had been forked
+    with pytest.raises(InputError, match=r'with multiprocessing_context="spawn", or use num_workers=0'):
+        found.read("index")

@@ -13,6 +13,8 @@ Legend: B samples, n atoms, d dimension, K lists; z are samples along the princi
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,17 @@ ROUNDING = 2.0**-22  # relative error of a product of float32
 FIRST = 1e-5  # a sample visits the lists whose bound is this close to the largest first
 
 
+@dataclass(frozen=True)
+class Bounds:
+    """Math (20), in units of the target's principal axes."""
+
+    slope: Tensor  # (d,), the diagonal of B
+    offset: Tensor  # (n,), what the bracket adds to the height of each atom
+    bias: Tensor  # (K,)
+    way: Tensor  # (K, d + 2), of (z, ½ z' B z, slack)
+    size: float  # the largest numbers in it
+
+
 class Lists(Exact):
     """The winners of the first samples, searched exhaustively, teach where lists win; later ones are learned from, too.
 
@@ -41,6 +54,7 @@ class Lists(Exact):
     def __init__(self, atoms: Tensor, plain: Native | None = None) -> None:
         self.groups = Groups(atoms, round(LISTS * len(atoms) ** 0.5), plain)
         self.won, self.seen, self.fitted = Won(self.groups), 0, 0  # fitted: samples seen when the bounds were made
+        self.bounds: Bounds | None = None  # replaced as a whole, as other threads may search, too
 
     @property
     def density(self) -> float:
@@ -52,20 +66,21 @@ class Lists(Exact):
         return self.groups.scored
 
     def __call__(self, x: Tensor | Orbits, heights: Tensor, k: int = 2) -> Winners:
-        if len(x) == 0 or not self.fitted:
+        bounds = self.bounds
+        if len(x) == 0 or bounds is None:
             near = self.groups.plain(x, heights, k)
             self.groups.scored += len(x)
         else:
-            near = self._visit(points(x), heights, k)
+            near = self._visit(bounds, points(x), heights, k)
         z = points(x) @ self.groups.axes
         self.won.add(z, near.index[:, 0])
         self.seen += len(z)
         if self.seen >= max(2 * self.fitted, LEARN):
-            self._fit(z[:JUDGES].double(), near.score[:JUDGES, -1].double(), heights)
+            self.bounds = self._fit(z[:JUDGES].double(), near.score[:JUDGES, -1].double(), heights)
             self.fitted = self.seen
         return near
 
-    def _fit(self, z: Tensor, score: Tensor, heights: Tensor) -> None:
+    def _fit(self, z: Tensor, score: Tensor, heights: Tensor) -> Bounds:
         """Chooses x_c, B and s of the bounds; s so that few of the samples z, with this k-th best score, visit."""
         groups, h = self.groups, heights.double()[self.groups.order]
         slope, reach = self.won.slope(), self.won.centres()
@@ -78,18 +93,21 @@ class Lists(Exact):
         plane = groups.middle @ z.T - score
         visits = [(plane + s * loss + groups.largest(h + linear + square / s)[:, None] >= 0).sum(1) for s in SCALES]
         scale = SCALES[torch.stack(visits).argmin(0)]
-        self.slope, self.offset = slope, linear + square / scale[node]
-        self.bias = 0.5 * scale * (reach**2 @ slope)
         direction = groups.middle - scale[:, None] * slope * reach
-        self.way = torch.cat([direction, scale[:, None], torch.ones(len(scale), 1)], 1)  # of (z, ½ z' B z, slack)
-        self.size = float(direction.norm(dim=1).amax() + groups.middle.norm(dim=1).amax())
+        return Bounds(
+            slope=slope,
+            offset=linear + square / scale[node],
+            bias=0.5 * scale * (reach**2 @ slope),
+            way=torch.cat([direction, scale[:, None], torch.ones(len(scale), 1)], 1),
+            size=float(direction.norm(dim=1).amax() + groups.middle.norm(dim=1).amax()),
+        )
 
-    def _visit(self, x: Tensor, heights: Tensor, k: int) -> Winners:
+    def _visit(self, bounds: Bounds, x: Tensor, heights: Tensor, k: int) -> Winners:
         groups, h, z = self.groups, heights.double()[self.groups.order], (x @ self.groups.axes).double()
-        bias, half = self.bias + groups.largest(h + self.offset), 0.5 * (z**2 @ self.slope)
-        terms = z.norm(dim=1) * self.size + half * self.way[:, -2].amax() + bias.abs().amax() + h.abs().amax()
+        bias, half = bounds.bias + groups.largest(h + bounds.offset), 0.5 * (z**2 @ bounds.slope)
+        terms = z.norm(dim=1) * bounds.size + half * bounds.way[:, -2].amax() + bias.abs().amax() + h.abs().amax()
         slack = (z.shape[1] + 4) * ROUNDING * terms
-        routes = Routes(self.way, bias, groups.plain.isa)
+        routes = Routes(bounds.way, bias, groups.plain.isa)
         guide = torch.cat([z, half[:, None], slack[:, None]], 1).float()
         if not all(torch.isfinite(part).all() for part in (guide, routes.way, routes.bias)):
             return groups.everywhere(x, heights, k)  # numbers too large for the bounds

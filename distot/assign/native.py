@@ -32,8 +32,7 @@ class Native(Exact):
             raise InputError(f"the native assigner searches on the CPU, the atoms are on {atoms.device}; use 'dense'")
         self.isa = isa or _native.available()[0]
         self.atoms, self.products = atoms.contiguous(), products
-        self._basis: Tensor | None = None
-        self._turned = self.atoms[:, None]  # (n, g, w), if there is a basis
+        self._kept: tuple[Tensor, Tensor] | None = None  # a basis, and all atoms as it sees them (n, g, w)
 
     def __call__(self, x: Tensor | Orbits, heights: Tensor, k: int = 2) -> Winners:
         near = Winners(torch.empty(len(x), k, dtype=torch.int64), torch.empty(len(x), k))
@@ -58,10 +57,11 @@ class Native(Exact):
 
     def _turn(self, basis: Tensor, k: int) -> Iterator[Tensor]:
         """The atoms as the blocks of a basis (g, w, d) see them, (n, g, w), in pieces of at least k."""
-        if self._basis is basis:
-            yield self._turned
+        kept = self._kept  # read once, as other threads may search, too
+        if kept is not None and kept[0] is basis:
+            yield kept[1]
             return
-        self._basis, self._turned = None, self.atoms[:, None]  # which frees the last ones
+        self._kept = kept = None  # which frees the last ones
         part_rows = min(TURNED_ROWS, tile_rows(basis.shape[2]))
         row_bytes = 4 * basis.shape[0] * basis.shape[1]
         wanted = max(k, TURNED_BYTES // row_bytes)
@@ -77,7 +77,7 @@ class Native(Exact):
                 own = slice(part, part + part_rows)
                 turned[own] = torch.einsum("nd,gwd->ngw", atoms[own].double(), basis.double()).float()
             if len(turned) == len(self.atoms):
-                self._basis, self._turned = basis, turned
+                self._kept = basis, turned
             yield turned
 
 

@@ -7,7 +7,7 @@ and both only after every byte below them has been flushed to disk.
 from distot.store.files import explained, need_space, new_file, read_npy
 from distot.store.latents import Latents, LatentsWriter, copy_latents, new_latents, open_latents
 from distot.store.lock import TakenOver
-from distot.store.places import Place, Url, as_place, reference, referred
+from distot.store.places import Opened, Place, Url, as_place, reference, referred
 from distot.store.rows import RowFile, RowWriter, new_rows
 from distot.store.runs import Run
 from distot.store.shelf import Checkpoint, Dropped, Part
@@ -17,6 +17,7 @@ __all__ = [
     "Dropped",
     "Latents",
     "LatentsWriter",
+    "Opened",
     "Part",
     "Place",
     "RowFile",

@@ -264,6 +264,21 @@ def digest(place: Place) -> dict[str, Any]:
     return {"bytes": size, "sha256": found.hexdigest()}
 
 
+class Opened:
+    """Where something was opened, and by which process: clients of object stores do not outlive a fork."""
+
+    def __init__(self, place: Place) -> None:
+        self.place, self.process = place, os.getpid()
+
+    def check(self) -> None:
+        """Raises InputError in a process that was forked since, where a request would never be answered."""
+        if isinstance(self.place, Url) and os.getpid() != self.process:
+            raise InputError(
+                f"{self.place} is in an object store, whose client does not outlive a fork: start the workers of the "
+                'DataLoader afresh, with multiprocessing_context="spawn", or use num_workers=0'
+            )
+
+
 def reference(target: Place, start: Place) -> str:
     """How a file at ``start`` names another place: relative to it if it can be, so that both can move together."""
     target, start = target.resolve(), start.resolve()

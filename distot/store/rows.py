@@ -21,7 +21,7 @@ from distot.errors import InputError, StoreError
 from distot.store.arrays import Arrays, meaningful, open_node, read, write_vector
 from distot.store.files import explained, flush, need_space, new_folder, write_atomically
 from distot.store.lock import Fence, TakenOver, writer
-from distot.store.places import Place, as_place, zarr_store
+from distot.store.places import Opened, Place, as_place, zarr_store
 
 FORMAT, VERSION = "distot-rows", 1
 LEAST_BYTES, MOST_BYTES, PIECES = 1 << 20, 64 << 20, 4096  # a shard is 1/4096 of its array, within these bounds
@@ -41,6 +41,7 @@ class RowFile:
 
     def __init__(self, path: str | Place) -> None:
         self.path = as_place(path)
+        self.opened = Opened(self.path)
         node = open_node(self.path)
         attributes: dict[str, Any] = dict(node.attrs)
         if not isinstance(node, zarr.Group) or attributes.get("format") != FORMAT:
@@ -55,12 +56,16 @@ class RowFile:
         self.kept, self.state = attributes, attributes["state"]
         self.about = {name: value for name, value in attributes.items() if name not in OWN}
 
+    def __reduce__(self) -> tuple[type[RowFile], tuple[Place]]:
+        return RowFile, (self.path,)  # opened again in another process
+
     @property
     def complete(self) -> bool:
         return self.written == self.rows
 
     def read(self, name: str, rows: slice | None = None) -> NDArray[Any]:
         """Rows of one array that are written (all of them if no slice is given). Raises StoreError for others."""
+        self.opened.check()
         rows = rows or slice(0, self.written)
         if rows.stop > self.written:
             raise StoreError(f"{self.path} has {self.written:,} rows so far, row {rows.stop - 1:,} is not among them")
