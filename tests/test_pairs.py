@@ -410,7 +410,7 @@ def test_latents_in_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         pairs = distot.Pairs(found, 100)
         assert pairs.shelf is not None
         if not fits:
-            monkeypatch.setattr("distot.coupling.SHARE", 0.0)
+            monkeypatch.setattr("distot.pairs.coupling.SHARE", 0.0)
             pairs.shelf = pickle.loads(pickle.dumps(Shelf(found.held.latents)))
             assert isinstance(pairs.shelf.rows, Latents)
         assert all(torch.equal(a, b) for a, b in zip(joined(pairs), expected, strict=True))
