@@ -68,7 +68,7 @@ def advance(
         state = optim.update(state, tally, schedule.first_batch(n, orbit.work), mass, work, split, grid, epsilon)
     if lifting:
         state = lift(problem, state, optim.starving(state, mass, split), kept, LIFT_WORK * work)
-    return optim.within(state, problem.cost.limit)
+    return optim.within(state, problem.cost.limit, mass, split)
 
 
 def most_work(problem: Problem, state: State) -> float:

@@ -177,11 +177,13 @@ def update(
     )
 
 
-def within(state: State, limit: float) -> State:
-    """The state with heights that are no further from 0, about which they began, than the limit of their cost."""
+def within(state: State, limit: float, mass: Tensor, split: Split) -> State:
+    """The state with heights of mean 0 over all mass, and none further from it than the limit of their cost, if any."""
     if math.isinf(limit):
         return state
-    return replace(state, heights=state.heights.clamp(-limit, limit), average=state.average.clamp(-limit, limit))
+    mean = split.axis.total(float(mass @ state.heights))
+    heights, average = ((its - mean).clamp(-limit, limit) for its in (state.heights, state.average))
+    return replace(state, heights=heights, average=average)
 
 
 def chosen(first: int, batch: int, split: Split) -> slice:

@@ -78,7 +78,7 @@ class Quadratic:
     name = "quadratic"
     times = 2.0  # certificates give so many times the cost: |x - y|², in units of W2²
     spherical = False  # whether scores are logarithms of products of unit vectors
-    limit = math.inf  # heights are kept within this of their median, in the frame
+    limit = math.inf  # heights are kept within this of their mean, in the frame
     unseen = -math.inf  # scores up to this stand for an infinite cost
 
     def of_samples(self, frame: Frame, x: Tensor) -> Tensor:

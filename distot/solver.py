@@ -125,7 +125,8 @@ def begin(
         reason = stop.reason
     check = StopRule(n, options.until_chi2, work).first(samples)
     state = replace(optim.begin(heights, samples, problem.target.split), time=moment)
-    state = optim.within(state, problem.cost.limit)
+    mass = torch.as_tensor(problem.target.mass, device=state.heights.device)
+    state = optim.within(state, problem.cost.limit, mass, problem.target.split)
     return Progress(state, check, started=reason is None, reason=reason)
 
 

@@ -253,10 +253,10 @@ class TestSearch:
 
     def test_heights_stay_where_float32_holds_their_exponentials(self) -> None:
         """However far off they begin, they end up where they should, and nothing overflows."""
-        y = cloud(50, 3)
-        wild = solve(y, init=np.linspace(-400, 400, 50), until_chi2=None, max_samples=8000)
+        y = cloud(20, 3)
+        wild = solve(y, init=np.linspace(-400, 400, 20), until_chi2=None, max_samples=8000)
         state = wild.held.progress.state
-        assert float(state.heights.abs().max()) <= Logarithmic.limit
+        assert float(state.heights.abs().max()) < 2
         assert wild.certificate.chi2 < 0.05
         assert np.abs(wild.heights - solve(y, until_chi2=None, max_samples=4000).heights).max() < 0.2
 
