@@ -35,7 +35,7 @@ from bench.report import write
 from distot.solution import Solution
 from jobs.patches import patches
 
-BATCH, THREADS, EPOCHS, ROUNDS = 256, 2, 8, 3
+BATCH, THREADS, EPOCHS, ROUNDS, WARM = 256, 2, 8, 3, 8
 
 
 def rate(coming: Iterator[Any], seconds: float) -> float:
@@ -51,13 +51,14 @@ def rate(coming: Iterator[Any], seconds: float) -> float:
 def rates(ways: dict[str, Callable[[], Iterator[Any]]], seconds: float) -> dict[str, list[float]]:
     """Pairs a second of each way in each of some rounds, in which all take turns, so that load meets all alike.
 
-    The first batch of a round, which waits for compilers and the first pool, is not counted.
+    The first batches of a round, which wait for compilers, the start of workers and their first pools, are not counted.
     """
     found: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(ROUNDS):
         for name, way in ways.items():
             coming = way()
-            next(coming)
+            for _ in range(WARM):
+                next(coming)
             found[name].append(rate(coming, seconds))
             del coming
     return found
