@@ -86,10 +86,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-n", type=int, default=2000)
     parser.add_argument("--samples", type=int, default=100_000)
-    parser.add_argument("--chi2", type=float, default=0.002)
     args = parser.parse_args()
     lines = [
-        f"{args.n:,} latents, chi2 <= {args.chi2:g}, {args.samples:,} samples. *Worst share*: largest relative error "
+        f"{args.n:,} latents, exact heights, {args.samples:,} samples. *Worst share*: largest relative error "
         "of a mode's share. *Between*: samples farther than five standard deviations from every mode or the curve.",
         "",
         "| set | map | refused | worst share | between |",
@@ -99,7 +98,7 @@ def main() -> None:
     _, axes = plt.subplots(len(makers), 1 + len(MAPS), figsize=(12, 9.2), squeeze=False)
     for row, maker in zip(axes, makers, strict=True):
         toy = maker(args.n)
-        solution = distot.solve(toy.latents, until_chi2=args.chi2)
+        solution = distot.solve(toy.latents, exact=True)
         show(row[0], toy.latents, f"{toy.name}: latents", "0.2")
         for place, (name, options) in zip(row[1:], MAPS.items(), strict=True):
             made = solution.generate(args.samples, **options)

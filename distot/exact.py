@@ -1,4 +1,4 @@
-"""Exact cells of a problem in the plane: masses, centres, costs and polygons without sampling; docs/math.md (22), (23).
+"""Exact cells of a problem in the plane: masses, centres, costs and polygons without sampling; docs/math.md (24), (25).
 
 The source is a normal distribution, a square or a disc, seen as one of three standard shapes: x = centre + z M, where z
 is standard normal, uniform on [-1/2, 1/2]^2, or uniform in the unit disc. The cells of x are those of z for the atoms
@@ -170,7 +170,7 @@ class Plane:
         return Measured(edges, masses, edges.total(moment, n), density, doubt)
 
     def hessian(self, found: Measured) -> sparse.csr_array:
-        """Derivative of the masses by the heights (n, n), math (24): a Laplacian of the graph of neighbours."""
+        """Derivative of the masses by the heights (n, n), math (26): a Laplacian of the graph of neighbours."""
         inner = found.edges.beyond != OUTSIDE
         a, b = found.edges.cell[inner], found.edges.beyond[inner]
         weight = found.density[inner] / norm(self.points[a] - self.points[b])

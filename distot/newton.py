@@ -1,4 +1,4 @@
-"""Damped Newton on exact masses in the plane, after Kitagawa, Mérigot and Thibert; docs/math.md (24), (25).
+"""Damped Newton on exact masses in the plane, after Kitagawa, Mérigot and Thibert; docs/math.md (26), (31).
 
 Each step solves the Laplacian of the graph of neighbours, and is halved until no cell has less than half the least mass
 that was there at the start, or is wanted. From any heights without an empty cell this ends at the exact ones, at last
@@ -98,7 +98,7 @@ def opened(plane: Plane, heights: Array, found: Measured) -> tuple[Array, Measur
 
     Atoms with an empty cell are raised until they touch u in the region of the mass. Then every atom has a point of
     that region in its cell, and so it has for the spread-out heights; those between the two open a cell around the
-    point between the two points, math (25).
+    point between the two points, math (31).
     """
     points, smallest = plane.points, float(plane.mass.min())
     raised = heights.copy()

@@ -2,7 +2,7 @@
 
 The cell of atom i is where z -> <z, p_i> + g_i is largest. A facet of the upper hull of the points (p_i, g_i) stands
 for the point where the planes of its three corners meet, an edge of the hull for the border of two cells; docs/math.md
-(22). Legend: n atoms, m edges, z a point of the plane.
+(24). Legend: n atoms, m edges, z a point of the plane.
 """
 
 from __future__ import annotations
