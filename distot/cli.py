@@ -523,8 +523,8 @@ def _source(
 
 def _finish(solution: Solution, run: Place, as_json: bool) -> int:
     report(solution, run, as_json)
-    wanted = "exact" if solution.options.exact else "until_chi2"
-    missed = solution.options.until_chi2 is not None and solution.reason != wanted
+    options, reason = solution.options, solution.reason
+    missed = reason != "exact" if options.exact else options.until_chi2 is not None and reason != "until_chi2"
     return BUDGET if missed else GOAL
 
 
