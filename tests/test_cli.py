@@ -301,7 +301,7 @@ MISTAKES = [
     (["solve", "Z", "RUN", "--mean", "NONE"], "cannot be read as an npy file"),
     (["solve", "NONE", "RUN"], "does not exist; make one with: distot ingest"),
     (["solve", "NPY", "RUN"], "z.npy is not a zarr store; make one with: distot ingest"),
-    (["solve", "Z", "RUN", "--bogus"], "No such option: --bogus; see distot solve --help"),
+    (["solve", "Z", "RUN", "--qqq"], "No such option: --qqq; see distot solve --help"),
     (["solve"], "Missing argument 'LATENTS.zarr'; see distot solve --help"),
     (["solve", "Z", "RUN", "extra"], "extra"),
     (["sovle", "Z", "RUN"], "No such command 'sovle'"),

@@ -69,8 +69,9 @@ class Checkpoint:
     def parts(self, *arrays: str) -> Iterator[tuple[NDArray[Any], ...]]:
         """Arrays of every part."""
         for part in self.written:
-            yield tuple(load(self.folder / part["name"] / array) for array in arrays)
-        self._still_there()
+            found = tuple(load(self.folder / part["name"] / array) for array in arrays)
+            self._still_there()  # before anyone looks at what zarr has filled in
+            yield found
 
     def _still_there(self) -> None:
         if not (self.folder / "MANIFEST.json").is_file():  # the first thing a writer deletes; zarr fills in the rest
