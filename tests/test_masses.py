@@ -44,7 +44,7 @@ class TestPlain:
         mass = generator.dirichlet(np.full(50, 3.0))
         p = mass * np.exp(spread * generator.standard_normal(50))
         p /= p.sum()
-        found = [of_counts(c).chi2(mass) for c in generator.multinomial(samples, p, size=2000)]
+        found = [of_counts(c).chi2(mass) for c in generator.multinomial(samples, p, size=1000)]
         values = np.array([f.value for f in found])
         scatter = values.std(ddof=1)
         assert abs(values.mean() - true_chi2(p, mass)) < 4 * scatter / np.sqrt(len(values))
@@ -63,7 +63,7 @@ class TestPlain:
         mass = np.full(n, 1 / n)
         p = mass * np.exp(spread * generator.standard_normal(n))
         p /= p.sum()
-        limits = [upper(of_counts(c).chi2(mass), 0.95) for c in generator.multinomial(samples, p, size=2000)]
+        limits = [upper(of_counts(c).chi2(mass), 0.95) for c in generator.multinomial(samples, p, size=1000)]
         covered = np.mean([limit >= true_chi2(p, mass) for limit in limits])
         assert 0.935 < covered < 0.975
 
