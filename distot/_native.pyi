@@ -28,6 +28,19 @@ def search_lists(
     limit: Tensor | None,
     ceiling: Tensor | None,
 ) -> int: ...
+def search_narrow(
+    x: Tensor,
+    atoms: Tensor,
+    heights: Tensor,
+    threads: int,
+    isa: str,
+    index: Tensor,
+    score: Tensor,
+    narrow_x: Tensor,
+    narrow_atoms: Tensor,
+    bound: Tensor,
+) -> None: ...
+def quick(isa: str) -> bool: ...
 def logsumexp(
     x: Tensor, atoms: Tensor, heights: Tensor, threads: int, isa: str, epsilon: float, out: Tensor
 ) -> None: ...

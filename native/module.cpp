@@ -21,6 +21,7 @@ using Index = nb::ndarray<int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Places = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Names = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Matrix = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Pairs = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Sums = nb::ndarray<double, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Score = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
@@ -30,6 +31,8 @@ struct Kernels {
     std::string isa;
     void (*search)(const distot::Request&);
     void (*soften)(const distot::Soft&);
+    void (*narrow)(const distot::Request&);
+    bool quick;  // has arithmetic in bfloat16
 };
 
 // Instruction sets that this machine has, best first.
@@ -37,11 +40,15 @@ std::vector<Kernels> available() {
     std::vector<Kernels> found;
 #if defined(__x86_64__)
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-        found.push_back({"avx512", distot::avx512::search, distot::avx512::soften});
+        if (__builtin_cpu_supports("avx512bf16"))
+            found.push_back(
+                {"avx512", distot::avx512::search, distot::avx512::soften, distot::avx512bf16::search, true});
+        else
+            found.push_back({"avx512", distot::avx512::search, distot::avx512::soften, distot::avx512::search, false});
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-        found.push_back({"avx2", distot::avx2::search, distot::avx2::soften});
+        found.push_back({"avx2", distot::avx2::search, distot::avx2::soften, distot::avx2::search, false});
 #endif
-    found.push_back({"portable", distot::portable::search, distot::portable::soften});
+    found.push_back({"portable", distot::portable::search, distot::portable::soften, distot::portable::search, false});
     return found;
 }
 
@@ -54,7 +61,7 @@ Kernels kernels(const std::string& isa) {
 void run(const std::string& isa, const distot::Request& request) {
     const Kernels found = kernels(isa);
     nb::gil_scoped_release free;
-    found.search(request);
+    (request.narrow.atoms ? found.narrow : found.search)(request);
 }
 
 void check(bool fits, const char* what) {
@@ -74,12 +81,25 @@ distot::Request request(const Draws& x, const Draws& atoms, const Vector& height
           "shapes of the outputs do not fit");
     check(k >= 1 && (more || k <= n) && first + n < INT32_MAX && threads >= 1, "1 <= k <= n < 2^31, threads >= 1");
     return {x.data(), atoms.data(), heights.data(), draws, n, int64_t(x.shape(2)), g, int(k), threads, first, more,
-            index.data(), score.data(), {}};
+            index.data(), score.data(), {}, {}};
 }
 
 void search(Draws x, Draws atoms, Vector heights, int threads, const std::string& isa, Index index, Score score,
             int64_t first, bool more) {
     run(isa, request(x, atoms, heights, threads, first, more, index, score));
+}
+
+void search_narrow(Draws x, Draws atoms, Vector heights, int threads, const std::string& isa, Index index, Score score,
+                   Pairs narrow_x, Pairs narrow_atoms, Vector bound) {
+    distot::Request whole = request(x, atoms, heights, threads, 0, false, index, score);
+    const size_t n = atoms.shape(0);
+    check(x.shape(1) == 1, "plain samples only");
+    check(narrow_x.shape(0) == x.shape(0) && narrow_atoms.shape(0) == n && bound.shape(0) == n &&
+              narrow_atoms.shape(1) == narrow_x.shape(1),
+          "shapes of samples and atoms in bfloat16 do not fit");
+    whole.narrow = {int64_t(narrow_x.shape(1)), reinterpret_cast<const uint32_t*>(narrow_x.data()),
+                    reinterpret_cast<const uint32_t*>(narrow_atoms.data()), bound.data()};
+    run(isa, whole);
 }
 
 void logsumexp(Draws x, Draws atoms, Vector heights, int threads, const std::string& isa, float epsilon, Sums out) {
@@ -88,7 +108,7 @@ void logsumexp(Draws x, Draws atoms, Vector heights, int threads, const std::str
           "shapes of samples, atoms, heights and output do not fit");
     const Kernels found = kernels(isa);
     const distot::Request request{x.data(), atoms.data(), heights.data(), int64_t(x.shape(0)), int64_t(atoms.shape(0)),
-                                  int64_t(x.shape(2)), 1, 1, threads, 0, false, nullptr, nullptr, {}};
+                                  int64_t(x.shape(2)), 1, 1, threads, 0, false, nullptr, nullptr, {}, {}};
     nb::gil_scoped_release free;
     found.soften({request, epsilon, out.data()});
 }
@@ -123,6 +143,12 @@ NB_MODULE(_native, m) {
           "The same for samples x (draws, 1, width) and atoms in lists, of which list c starts at starts[c]: sample s "
           "visits it if limit[s] <= <way[c], guide[s]> + bias[c] < ceiling[s], the limit by default its k-th best score so "
           "far. ``names``: indices of the atoms. Returns how many scores were computed.");
+    m.def("search_narrow", &search_narrow, "x"_a, "atoms"_a, "heights"_a, "threads"_a, "isa"_a, "index"_a, "score"_a,
+          "narrow_x"_a, "narrow_atoms"_a, "bound"_a,
+          "The same for samples x (draws, 1, width), with candidates from rows of bfloat16 numbers, two in each of narrow_x "
+          "(draws, pairs) and narrow_atoms (n, pairs). No score is above bound + their product.");
+    m.def("quick", [](const std::string& isa) { return kernels(isa).quick; }, "isa"_a,
+          "Whether an instruction set has arithmetic in bfloat16 on this machine.");
     m.def("logsumexp", &logsumexp, "x"_a, "atoms"_a, "heights"_a, "threads"_a, "isa"_a, "epsilon"_a, "out"_a,
           "Fills out (rows,) with epsilon log sum_i exp((<x, y_i> + h_i) / epsilon) for samples x (rows, 1, width).");
     m.def("available", [] {

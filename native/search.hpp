@@ -21,6 +21,15 @@ struct Lists {
     std::atomic<int64_t>* scored;  // out: adds up the atoms that were scored
 };
 
+// Samples and atoms in bfloat16, which find candidates for what float32 decides: the score of an atom and a sample in
+// float32 is at most bound + the product of their rows, added up in whatever order. Without them atoms is null.
+struct Narrow {
+    int64_t pairs;          // of numbers in a row, the even one in the low half
+    const uint32_t* x;      // (draws, pairs)
+    const uint32_t* atoms;  // (n, pairs)
+    const float* bound;     // (n)
+};
+
 // All arrays are row-major. T = 2 g points belong to a draw if g > 1, in the order of distot/orbit.py; else T = 1.
 struct Request {
     const float* x;        // (draws, g, width); plain samples have g = 1 and width = d
@@ -35,6 +44,7 @@ struct Request {
     int64_t* index;  // out: (draws T, k), best first, equal scores in the order of their indices
     float* score;    // out: (draws T, k)
     Lists lists;
+    Narrow narrow;
 };
 
 // logsumexp[s] = epsilon log sum_i exp((<x_s, y_i> + h_i) / epsilon) for plain samples; of a Request it takes what they need.
@@ -48,6 +58,7 @@ namespace portable { void search(const Request&); void soften(const Soft&); }
 #if defined(__x86_64__)
 namespace avx2 { void search(const Request&); void soften(const Soft&); }
 namespace avx512 { void search(const Request&); void soften(const Soft&); }
+namespace avx512bf16 { void search(const Request&); }  // narrow ones alone
 #endif
 
 }  // namespace distot

@@ -191,6 +191,128 @@ struct Plain {
     }
 };
 
+// sum + the products of two pairs of bfloat16 in each lane.
+inline V add_products(V sum, Mask x, uint32_t y) {
+#if defined(__AVX512BF16__)
+    return (V)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)_mm512_set1_epi32(int(y)));
+#else
+    const int32_t high = int32_t(y & 0xFFFF0000u), low = int32_t(y << 16);
+    float even, odd;
+    memcpy(&even, &low, sizeof even);
+    memcpy(&odd, &high, sizeof odd);
+    return sum + (V)(x << 16) * even + (V)(x & ~0xFFFF) * odd;
+#endif
+}
+
+// Plain samples, where candidates are found by products in bfloat16 and decided in float32, in the order of ``scores``:
+// the same winners and scores as those of Plain<false>, bit for bit.
+struct Candidates {
+    static constexpr int REGISTERS = LANES == 16 ? 4 : 3, GROUP = LANES == 16 ? 6 : 3;
+    static constexpr int ROWS = REGISTERS * LANES;
+    static constexpr int WAITING = 8;  // vectors of candidates that are decided together, as each is a chain of sums
+
+    const Request& request;
+    struct Panel {
+        Buffer<V> x;         // (width, REGISTERS)
+        Buffer<Mask> pairs;  // (pairs, REGISTERS)
+        V limit[REGISTERS];
+        Best best;
+        int64_t first, atom[WAITING];
+        int part[WAITING], waiting = 0;
+        Panel(const Request& r) : x(r.width * REGISTERS), pairs(r.narrow.pairs * REGISTERS), best(ROWS, r.k) {}
+    };
+
+    void load(Panel& panel, int64_t first) const {
+        const int64_t rows = std::min<int64_t>(ROWS, request.draws - first), count = request.narrow.pairs;
+        panel.first = first;
+        panel.best.load(request, first, rows);
+        uint32_t* pairs = reinterpret_cast<uint32_t*>(panel.pairs.data());
+        for (int64_t row = 0; row < ROWS; ++row) {
+            const int64_t sample = first + std::min(row, rows - 1);
+            place(panel.x.data(), ROWS, row, request.x + sample * request.width, request.width);
+            for (int64_t q = 0; q < count; ++q) pairs[q * ROWS + row] = request.narrow.x[sample * count + q];
+            panel.limit[row / LANES][row % LANES] = panel.best.last(row);
+        }
+    }
+
+    template <int N>
+    void group(Panel& panel, int64_t a) const {
+        V most[N][REGISTERS];
+#pragma GCC unroll 8
+        for (int j = 0; j < N; ++j)
+#pragma GCC unroll 8
+            for (int m = 0; m < REGISTERS; ++m) most[j][m] = all(request.narrow.bound[a + j]);
+        const int64_t count = request.narrow.pairs;
+        const Mask* x = panel.pairs.data();
+        const uint32_t* y = request.narrow.atoms + a * count;
+        for (int64_t q = 0; q < count; ++q, x += REGISTERS)
+#pragma GCC unroll 8
+            for (int j = 0; j < N; ++j)
+#pragma GCC unroll 8
+                for (int m = 0; m < REGISTERS; ++m) most[j][m] = add_products(most[j][m], x[m], y[j * count + q]);
+        Mask hit{};
+#pragma GCC unroll 8
+        for (int m = 0; m < REGISTERS; ++m) {
+            V top = most[0][m];
+#pragma GCC unroll 8
+            for (int j = 1; j < N; ++j) top = larger(top, most[j][m]);
+            hit |= top > panel.limit[m];
+        }
+        if (__builtin_expect(any(hit), 0)) {
+            V kept[N][REGISTERS];
+            memcpy(kept, most, sizeof kept);
+            wait<N>(panel, a, kept);
+        }
+    }
+
+    template <int N>
+    __attribute__((noinline)) void wait(Panel& panel, int64_t a, const V (*most)[REGISTERS]) const {
+        for (int m = 0; m < REGISTERS; ++m)
+            for (int j = 0; j < N; ++j)
+                if (any(most[j][m] > panel.limit[m])) {
+                    panel.atom[panel.waiting] = a + j;
+                    panel.part[panel.waiting++] = m;
+                    if (panel.waiting == WAITING) decide(panel);
+                }
+    }
+
+    // The scores of candidates in float32. Where fewer wait than fit, the last of those before them are computed again.
+    __attribute__((noinline)) void decide(Panel& panel) const {
+        const V* x[WAITING];
+        const float* y[WAITING];
+        V score[WAITING];
+        for (int i = 0; i < WAITING; ++i) {
+            const int from = i < panel.waiting ? i : 0;
+            x[i] = panel.x.data() + panel.part[from];
+            y[i] = request.atoms + panel.atom[from] * request.width;
+            score[i] = all(request.heights[panel.atom[from]]);
+        }
+        for (int64_t q = 0; q < request.width; ++q)
+#pragma GCC unroll 8
+            for (int i = 0; i < WAITING; ++i) score[i] += x[i][q * REGISTERS] * y[i][q];
+        for (int i = 0; i < panel.waiting; ++i) {
+            const int m = panel.part[i];
+            const Mask pass = score[i] >= panel.limit[m];  // of equal ones the lower index may have waited
+            if (!any(pass)) continue;
+            for (int lane = 0; lane < LANES; ++lane)
+                if (pass[lane])
+                    panel.limit[m][lane] =
+                        panel.best.insert(m * LANES + lane, score[i][lane], int32_t(request.first + panel.atom[i]));
+        }
+        panel.waiting = 0;
+    }
+
+    void tile(Panel& panel, int64_t a, int64_t end) const {
+        for (; a + GROUP <= end; a += GROUP) group<GROUP>(panel, a);
+        for (; a < end; ++a) group<1>(panel, a);
+        if (panel.waiting) decide(panel);
+    }
+
+    void store(const Panel& panel) const {
+        panel.best.store(request, panel.first, std::min<int64_t>(ROWS, request.draws - panel.first));
+    }
+};
+
 // p_k <- sum_b H_kb p_b in place, H the Sylvester matrix of scipy.linalg.hadamard.
 template <int G>
 inline void transform(V* p) {
@@ -495,12 +617,16 @@ struct Softmax {
     }
 };
 
+#if !defined(DISTOT_NARROW_ALONE)
 void soften(const Soft& soft) {
     if (soft.request.draws) sweep(Softmax{soft.request, soft});
 }
+#endif
 
 void search(const Request& request) {
     if (request.draws == 0) return;
+    if (request.narrow.atoms) return sweep(Candidates{request});
+#if !defined(DISTOT_NARROW_ALONE)
     if (request.lists.count) return visit(Plain<true>{request});
     switch (request.g) {
         case 1: return sweep(Plain<false>{request});
@@ -509,6 +635,7 @@ void search(const Request& request) {
         case 8: return sweep(Orbits<8>{request});
         case 16: return sweep(Orbits<16>{request});
     }
+#endif
 }
 
 }  // namespace distot::DISTOT_ISA

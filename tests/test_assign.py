@@ -10,11 +10,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from distot._native import available
-from distot.assign import NAMES, Assigner, Winners, build, native
+from distot._native import available, quick
+from distot.assign import NAMES, Assigner, Exact, Winners, build, native
 from distot.assign.auto import Auto
 from distot.assign.likely import Likely
 from distot.assign.lists import Lists
+from distot.assign.narrow import TRIAL, Narrow, Race
+from distot.assign.narrow import _lengths as lengths
+from distot.assign.narrow import _narrow as narrow_rows
 from distot.assign.native import Native, logsumexp
 from distot.errors import InputError
 from distot.orbit import Orbit, Orbits, Symmetry
@@ -181,6 +184,92 @@ class TestPortable(Contract):
 
     def make(self, atoms: Tensor) -> Assigner:
         return Native(atoms, "portable")
+
+
+class TestNarrow(Contract):
+    """Candidates in bfloat16, with the processor's arithmetic for it where there is some, else with ours."""
+
+    name = "native"
+
+    def make(self, atoms: Tensor) -> Assigner:
+        return Narrowed(atoms)
+
+    @shared
+    @given(
+        st.integers(1, 70),
+        st.integers(1, 400),
+        st.integers(1, 40),
+        st.integers(1, 4),
+        st.floats(-20, 20),
+        st.integers(0, 99),
+        st.sampled_from(available()),
+    )
+    def test_winners_and_scores_are_those_of_float32_bit_for_bit(
+        self, b: int, n: int, d: int, k: int, size: float, seed: int, isa: str
+    ) -> None:
+        """Also for atoms of very different length, equal ones, and numbers that bfloat16 loses altogether."""
+        x, atoms, heights = problem(b, n, d, 2.0**size, seed)
+        random = torch.Generator().manual_seed(seed)
+        atoms *= torch.exp(4 * torch.randn(n, 1, generator=random))
+        atoms[n // 2 :] = atoms[: n - n // 2] * (1 + 2.0**-20 * torch.randn(n - n // 2, 1, generator=random))
+        atoms[:, d // 2 :] *= 1e-30
+        x[b // 2 :] = atoms[torch.randint(n, (b - b // 2,), generator=random)] / 2.0**size
+        heights[n // 3] = -torch.inf
+        k = min(k, max(1, n - 1))
+        expected, found = Native(atoms, isa, narrow=False)(x, heights, k), Narrowed(atoms, isa)(x, heights, k)
+        assert torch.equal(found.index, expected.index)
+        assert torch.equal(found.score, expected.score)
+
+    def test_the_bound_leaves_out_most_atoms_and_holds_for_all(self) -> None:
+        x, atoms, heights = problem(200, 3000, 32, 1.0, 0)
+        atoms *= torch.linspace(3, 0.1, 32) ** 2  # a few directions carry most of their length
+        narrow = Narrow(atoms)
+        turned = x.double() @ narrow.axes
+        parts = narrow_rows(turned, lengths(turned), lengths(turned - turned.bfloat16().double()))
+        most = heights + parts.view(torch.bfloat16).double() @ narrow.rows.view(torch.bfloat16).double().T
+        truth = scores(x, atoms, heights)
+        assert (most >= truth).all()
+        assert ((most > truth.amax(1, True)).sum(1).double().mean()) < 10
+        assert float((most - truth).mean()) > 0.001, "bfloat16 lost nothing"
+
+    def test_the_faster_way_is_taken_and_the_other_one_tried_again(self) -> None:
+        race, taken = Race(), []
+
+        def way(number: int, seconds: float) -> None:
+            taken.append(number)
+            time.sleep(seconds)
+
+        for _ in range(16):
+            race(TRIAL, (lambda: way(0, 0.02), lambda: way(1, 0.001)))
+        race(1, (lambda: way(0, 0), lambda: way(1, 0)))
+        assert taken == [1, 0, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1]
+        assert race.ahead == 1
+
+    def test_taken_where_the_processor_has_it_and_memory_allows(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        x, atoms, heights = problem(TRIAL, 2500, 16, 1.0, 0)
+        search = Native(atoms)
+        search(x, heights, 2)
+        assert (search._narrow is not None) == quick(available()[0])
+        monkeypatch.setattr(native, "TURNED_SHARE", 0.0)
+        search = Native(atoms, narrow=True)
+        assert torch.equal(search(x, heights, 2).index, Native(atoms, narrow=False)(x, heights, 2).index)
+        assert search._narrow is None
+
+
+class Narrowed(Exact):
+    """Every search of plain samples with candidates in bfloat16."""
+
+    name = "native"
+
+    def __init__(self, atoms: Tensor, isa: str | None = None) -> None:
+        self.native, self.narrow = Native(atoms, isa), Narrow(atoms)
+
+    def __call__(self, x: Tensor | Orbits, heights: Tensor, k: int = 2) -> Winners:
+        if isinstance(x, Orbits):
+            return self.native(x, heights, k)
+        near = Winners(torch.empty(len(x), k, dtype=torch.int64), torch.empty(len(x), k))
+        self.narrow(x.contiguous(), heights.float().contiguous(), near, self.native.isa)
+        return near
 
 
 class TestTriton(Contract):

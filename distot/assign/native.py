@@ -9,6 +9,7 @@ from torch import Tensor
 
 from distot import _native
 from distot.assign import Exact, Winners
+from distot.assign.narrow import LEAST_ATOMS, LEAST_DIM, Narrow, Race, row_bytes
 from distot.atoms import available, tile_rows
 from distot.errors import InputError
 from distot.orbit import Orbits, points
@@ -22,21 +23,44 @@ TURNED_ROWS = 8192  # at a time, at most; divides a tile
 class Native(Exact):
     """``isa``: instruction set, one of ``_native.available()``, the best if None. It uses torch's thread count.
 
-    products: the score of an atom is e^h <x, y> instead of <x, y> + h.
+    products: the score of an atom is e^h <x, y> instead of <x, y> + h. narrow: whether plain samples may find their
+    candidates in bfloat16, which changes nothing but the time; None means where that may be faster.
     """
 
     name = "native"
 
-    def __init__(self, atoms: Tensor, isa: str | None = None, products: bool = False) -> None:
+    def __init__(
+        self, atoms: Tensor, isa: str | None = None, products: bool = False, narrow: bool | None = None
+    ) -> None:
         if atoms.device.type != "cpu":
             raise InputError(f"the native assigner searches on the CPU, the atoms are on {atoms.device}; use 'dense'")
         self.isa = isa or _native.available()[0]
         self.atoms, self.products = atoms.contiguous(), products
         self._kept: tuple[Tensor, Tensor] | None = None  # a basis, and all atoms as it sees them (n, g, w)
+        worth = atoms.shape[0] >= LEAST_ATOMS and atoms.shape[1] >= LEAST_DIM and _native.quick(self.isa)
+        self._may_be_narrow = not products and (worth if narrow is None else narrow)
+        self._narrow: Narrow | None = None
+        self._race = Race()
 
     def __call__(self, x: Tensor | Orbits, heights: Tensor, k: int = 2) -> Winners:
         near = Winners(torch.empty(len(x), k, dtype=torch.int64), torch.empty(len(x), k))
-        return self.go_on(x, heights, near, 0)
+        narrow = None if isinstance(x, Orbits) and x.z.shape[1] > 1 else self._narrowed()
+        if narrow is None:
+            return self.go_on(x, heights, near, 0)
+        draws, h = points(x).contiguous(), heights.float().contiguous()
+        self._race(
+            len(draws),
+            (lambda: self.go_on(draws, h, near, 0), lambda: narrow(draws, h, near, self.isa)),
+        )
+        return near
+
+    def _narrowed(self) -> Narrow | None:
+        """The atoms in bfloat16, if they are to be used and there is room for them."""
+        if self._may_be_narrow and self._narrow is None:
+            wanted = row_bytes(self.atoms.shape[1]) * len(self.atoms)
+            self._may_be_narrow = wanted <= TURNED_SHARE * available(self.atoms.device)
+            self._narrow = Narrow(self.atoms) if self._may_be_narrow else None
+        return self._narrow
 
     def go_on(self, x: Tensor | Orbits, heights: Tensor, near: Winners, begin: int) -> Winners:
         """Winners among these atoms, the first of which is number ``begin``, and those before it, given in ``near``."""
