@@ -393,7 +393,7 @@ def _source(
 def _finish(solution: Solution, run: Place, as_json: bool) -> int:
     report(solution, run, as_json)
     options, reason = solution.options, solution.reason
-    missed = reason != "exact" if options.exact else options.until_chi2 is not None and reason != "until_chi2"
+    missed = reason != "exact" and (options.exact or (options.until_chi2 is not None and reason != "until_chi2"))
     return BUDGET if missed else GOAL
 
 

@@ -253,12 +253,12 @@ def plane(problem: Problem, latents: Rows) -> Plane:
     """The problem in standard shape, with the latents (N, 2) in float64. Raises InputError as ``check`` does."""
     check(problem.source, problem.grid.world.size)
     frame, (shape, matrix) = problem.frame, _standard(problem.source)
-    away = _away(problem, latents) / frame.target_scale
+    away = relative(problem, latents) / frame.target_scale
     return Plane(shape, away @ matrix.T / frame.source_scale, problem.target.mass, matrix)
 
 
-def _away(problem: Problem, latents: Rows) -> Array:
-    """Atoms (n, 2) float64 in user units, from the centre of the target."""
+def relative(problem: Problem, latents: Rows) -> Array:
+    """Own atoms (own, d) float64 in user units, from the centre of the target."""
     every = np.asarray(latents[0 : latents.shape[0]])[problem.target.original]
     return every.astype(np.float64) - problem.frame.target_centre
 
@@ -267,7 +267,7 @@ def exact_cells(problem: Problem, latents: Rows, heights: Array) -> ExactCells:
     """The cells of heights (n,) in the frame. Raises InputError as ``check`` does."""
     seen, target, frame = plane(problem, latents), problem.target, problem.frame
     found = seen.measure(heights)
-    nu, away, shift = target.mass, _away(problem, latents), frame.source_centre - frame.target_centre
+    nu, away, shift = target.mass, relative(problem, latents), frame.source_centre - frame.target_centre
     from_source = ((away - shift) ** 2).sum(axis=1)
     spread = float(np.trace(problem.source_cov))
     won = float((found.moment * seen.points).sum())  # E<x, T(x)> in the frame

@@ -1,4 +1,4 @@
-"""From samples to exact masses in the plane: sampling and Newton's method by turns, until the latter gets there.
+"""Exact masses: on a line by a formula; in the plane by sampling and Newton's method by turns, until it gets there.
 
 Legend: n atoms.
 """
@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from distot import descent, exact, newton, solver
+from distot import descent, exact, newton, optim, solver
 from distot.assign import Assigner
 from distot.atoms import Rows
 from distot.problem import Problem
@@ -19,6 +19,28 @@ from distot.solver import Progress
 from distot.watch import Stop, Watch
 
 FIRST = 8  # samples per atom, of search work, after which Newton's method is tried; then whenever they have doubled
+
+
+def on_a_line(problem: Problem, rows: Rows, options: Options) -> Progress | None:
+    """Exact heights, with the reason "exact", of a source on a line whose quantiles have a formula; else None.
+
+    Cells lie in the order of their latents, and end where the source has as much mass below as they have together; math
+    (36). All processes do the same.
+    """
+    target, frame, split = problem.target, problem.frame, problem.target.split
+    if target.dim > 1 or problem.cost.spherical or options.epsilon is not None:
+        return None
+    own = torch.from_numpy(exact.relative(problem, rows)[:, 0] / frame.target_scale)
+    y, mass = split.gather(torch.stack([own, torch.from_numpy(target.mass)], dim=1)).T
+    order = y.argsort()
+    ends = problem.source.quantiles(mass[order].cumsum(0)[:-1].clamp_max(1 - 1e-16))
+    if ends is None:
+        return None
+    seen = (ends - float(frame.source_centre[0])) / frame.source_scale
+    heights = torch.zeros_like(y)
+    heights[order[1:]] = -(seen * y[order].diff()).cumsum(0)
+    device = target.atoms.device
+    return Progress(optim.begin(split.own(heights).to(device), 0, split), 0, reason="exact")
 
 
 def iterate(

@@ -31,7 +31,8 @@ TRUST, NOISE = 1.5, 12.0  # a step failed if the next batch's chi2 exceeds this 
 BRAKE, FLOOR = 3.0, 2.0  # then damping grows by BRAKE, and stays above FLOOR times the one that failed, for a while
 SMALL = 1 << 15  # atoms, up to which all processes keep all pairs
 OUTLIER = 100.0  # atoms whose margins exceed the median atom's by more count no more in the mean
-PRIOR = 5.0  # wins of mean margin added to each atom's own
+PRIOR = 5.0  # wins of mean margin added to each atom's own, in the damping
+LEAST_SPREAD = 1e-6  # variance of the logarithms of margins over atoms
 FULL_STEP = 0.2  # expected wins in a batch from which an atom takes the full step; below, one win would move it too far
 
 
@@ -51,6 +52,7 @@ class State:
     error: float = 1e30  # chi2 of the heights before the last step, from its batch alone
     step: int = 0
     time: float = 0.0  # t of the formulas: samples of all steps, in first batches
+    since: float = 0.0  # t at which the average began
     samples: int = 0  # all search work so far, in plain samples
 
     @property
@@ -138,7 +140,7 @@ def update(
     every = split.gather(torch.stack([hits, wins, margin_sum, margin_count, mass], dim=1))
     hits, wins, sums, counts, nu = (column.contiguous() for column in every.T)
     tau = mean_margin(sums, counts)
-    margin = (sums + PRIOR * tau) / (counts + PRIOR) + epsilon
+    margin = scales(sums, counts, tau) + epsilon
     fresh, world = tally.pairs, grid.world
     if everywhere(split):
         fresh, world = grid.sample.gather(fresh.T).T, Axis()
@@ -150,7 +152,8 @@ def update(
 
     found = graph.build(torch.cat(pairs, dim=1), margin, world)
     excess = (hits / batch - nu) * (nu * batch / FULL_STEP).clamp(max=1)
-    newton = found.solve(-excess, state.damping * nu / margin)
+    hold = (sums + PRIOR * tau) / (counts + PRIOR) + epsilon  # wider, so that crowded atoms may move together
+    newton = found.solve(-excess, state.damping * nu / hold)
     step = span * RATE * (1 + state.time) ** -DECAY * (newton - nu @ newton)
     error = float(((wins - 1) * wins / nu).sum()) / (batch * (batch - 1)) - 1
     floor, damping = state.floor * MEMORY**span, state.damping * (found.stretch(step) / STRETCH) ** 0.5
@@ -159,7 +162,8 @@ def update(
         floor, damping = max(floor, min(FLOOR * state.damping, 1.0)), BRAKE * state.damping
     time = state.time + span
     heights = state.heights + split.own(step)
-    average = state.average + AVERAGING * span / (time + AVERAGING * span) * (heights - state.average)
+    weight = AVERAGING * span / (time - state.since + AVERAGING * span)
+    average = state.average + weight * (heights - state.average)
     return State(
         heights,
         average,
@@ -173,8 +177,25 @@ def update(
         error,
         state.step + 1,
         time,
+        state.since,
         state.samples + work,
     )
+
+
+def scales(sums: Tensor, counts: Tensor, tau: Tensor) -> Tensor:
+    """The margin of each atom (n,), from sums of the margins of its wins and their (decayed) number.
+
+    Margins may differ by orders of magnitude where latents lie unevenly. So the mean of an atom is drawn towards tau on
+    a logarithmic scale, by the share of noise, 1 / wins, in what is seen of its spread over all atoms (empirical
+    Bayes); an atom without wins has tau.
+    """
+    won = (counts > 0) & (sums > 0)
+    wins, seen = counts[won], (sums[won] / counts[won]).log()
+    spread = float((wins @ (seen - (wins @ seen) / wins.sum()).square() - len(wins)) / wins.sum())
+    trust = max(spread, LEAST_SPREAD) / (max(spread, LEAST_SPREAD) + 1 / wins)
+    found = tau.expand_as(sums).clone()
+    found[won] = (trust * seen + (1 - trust) * tau.log()).exp()
+    return found
 
 
 def within(state: State, limit: float, mass: Tensor, split: Split) -> State:

@@ -29,9 +29,10 @@ from distot.source import BLOCK, Stream
 from distot.store import Checkpoint, Part
 from distot.watch import Stop, Watch
 
-SCALARS = ("drawn", "margin", "damping", "floor", "error", "step", "time", "samples")
+SCALARS = ("drawn", "margin", "damping", "floor", "error", "step", "time", "since", "samples")
 VECTORS = ("heights", "average", "margin_sum", "margin_count")
 LATE = 2.0  # chi2 over the share of winners that the search may miss, from which on steps are exact
+NOISE = 3.0  # errors by which the average must be worse than the newest heights to begin anew
 RESERVE = 0.2  # at most this share of max_seconds is kept for the certificate
 FINISH = 0.5  # this share of max_seconds is kept for Newton's method, if masses are to be exact
 
@@ -89,7 +90,7 @@ def restore(saved: Checkpoint, problem: Problem) -> Progress:
         begin = (world.rank - number) % world.size
         for its, part in zip(dealt, torch.from_numpy(pairs).split(lengths.tolist()), strict=True):
             its.append(part[begin :: world.size].T)
-    state |= {name: scalars[name] for name in SCALARS}
+    state |= {name: scalars.get(name, 0.0) for name in SCALARS}
     state["pairs"] = tuple(torch.cat(its, dim=1).to(device) for its in dealt)
     state["drawn"] = tuple(scalars["drawn"])
     return Progress(
@@ -207,7 +208,22 @@ def look(
     spent = round(max(problem.draws(size), 2) * problem.orbit.size * problem.orbit.work)
     history += (rule.judge(masses.chi2(problem.target.mass), state.samples, spent, state.step, history),)
     state = replace(state, samples=state.samples + spent)
+    if soft is None:
+        state = renewed(problem, state, history[-1])
     return replace(progress, state=state, history=history, next_check=rule.next(history))
+
+
+def renewed(problem: Problem, state: State, last: Check) -> State:
+    """The state whose average begins anew if a look has shown it to be worse than the newest heights.
+
+    Those have a chi2 of their own from the last batch. An average outlives its use where early heights were off by many
+    cells, which are narrow there: it then takes long to forget them.
+    """
+    n = problem.target.n
+    noise = (2 * n) ** 0.5 / schedule.batch(n, problem.orbit.work, state.time)
+    if last.chi2 - 2 * last.error <= max(state.error, 0.0) + NOISE * noise:
+        return state
+    return replace(state, average=state.heights, since=state.time)
 
 
 def certificate_seconds(options: Options, n: int, seconds_per_sample: float) -> float:

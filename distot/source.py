@@ -116,6 +116,11 @@ class Source(ABC):
         """Samples (n, d) float64 of the block named by ``key``."""
         return self.place(self.centred(key, n))
 
+    def quantiles(self, p: Tensor) -> Tensor | None:
+        """Where the shares p (n,) of the mass of a source on a line lie below, (n,) in user units; None if that has no
+        formula, or there are more dimensions."""
+        return None
+
     @abstractmethod
     def moments(self, seed: int) -> tuple[Array, Array]:
         """Mean (d,) and covariance (d, d); exact where known, else from samples of the MOMENTS stream."""
@@ -169,6 +174,9 @@ class Gaussian(Source):
     def place(self, z: Tensor) -> Tensor:
         return torch.from_numpy(self.mean) + (z @ self._root if self._root.ndim == 2 else z * self._root)
 
+    def quantiles(self, p: Tensor) -> Tensor | None:
+        return self.place(torch.special.ndtri(p)[:, None])[:, 0] if self.dim == 1 else None
+
     def moments(self, seed: int) -> tuple[Array, Array]:
         cov = self.cov if self.cov.ndim == 2 else np.diag(np.broadcast_to(self.cov, (self.dim,)))
         return self.mean, cov.copy()
@@ -194,6 +202,9 @@ class Cube(Source):
 
     def place(self, z: Tensor) -> Tensor:
         return z + 0.5 * (self.low + self.high)
+
+    def quantiles(self, p: Tensor) -> Tensor | None:
+        return self.low + (self.high - self.low) * p if self.dim == 1 else None
 
     def moments(self, seed: int) -> tuple[Array, Array]:
         side = self.high - self.low
@@ -242,6 +253,9 @@ class Ball(Round):
 
     def shaped(self, u: Tensor) -> Tensor:
         return self.radius * u[:, -1:] ** (1.0 / self.dim) * self._directions(u[:, :-1])
+
+    def quantiles(self, p: Tensor) -> Tensor | None:
+        return float(self.centre[0]) + self.radius * (2 * p - 1) if self.dim == 1 else None
 
     def moments(self, seed: int) -> tuple[Array, Array]:
         return self.centre, np.eye(self.dim) * self.radius**2 / (self.dim + 2)

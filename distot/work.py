@@ -225,7 +225,8 @@ def _drive(case: Case, progress: Progress | None, remarks: tuple[str, ...], room
                 watch.tell("note", text=note)
                 warnings.warn(note, DistotWarning, stacklevel=room.level)
             if progress is None:
-                progress = solver.begin(problem, assigner, options, watch, case.init)
+                progress = finish.on_a_line(problem, case.rows, options)
+                progress = progress or solver.begin(problem, assigner, options, watch, case.init)
             if options.exact and progress.reason in (None, "sampled"):
                 progress = finish.iterate(problem, case.rows, assigner, options, watch, progress)
             elif progress.reason is None:

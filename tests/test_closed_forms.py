@@ -47,14 +47,37 @@ class TestLine:
         generator = np.random.default_rng(1)
         y = np.sort(generator.exponential(size=12))
         mass = generator.dirichlet(np.full(12, 5.0))
-        h = solve(y[:, None], source, mass, samples=50_000)
+        order = generator.permutation(12)
+        found = distot.solve(y[order, None], source, mass[order], progress=False)
+        h = found.heights[np.argsort(order)]
         edges = -np.diff(h) / np.diff(y)
-        assert np.abs(law.cdf(edges) - np.cumsum(mass)[:-1]).max() < 0.01
+        assert np.abs(law.cdf(edges) - np.cumsum(mass)[:-1]).max() < 1e-12
+        assert (found.reason, found.samples) == ("exact", 0)
+        assert abs(found.certificate.chi2) < 4 * found.certificate.chi2_error
+        assert abs(found.certificate.mismatch) < 4 * found.certificate.mismatch_error + 1e-6
+
+    def test_of_a_source_without_a_formula_by_sampling(self) -> None:
+        """An array's rows, or what a user's function draws."""
+        y = np.sort(np.random.default_rng(1).exponential(size=12))
+        found = distot.solve(
+            y[:, None], lambda random, n: random.standard_normal((n, 1)), until_chi2=0.001, progress=False
+        )
+        edges = -np.diff(found.heights) / np.diff(y)
+        assert found.reason == "until_chi2"
+        assert np.abs(stats.norm.cdf(edges) - np.arange(1, 12) / 12).max() < 0.01
+
+    def test_crowded_latents_are_no_matter(self) -> None:
+        """Cubed normals, many of which are closer than a float32 tells: the heights are exact all the same."""
+        y = np.random.default_rng(0).standard_normal(300) ** 3
+        found = distot.solve(y[:, None], progress=False)
+        order = np.argsort(y)
+        edges = -np.diff(found.heights[order]) / np.diff(y[order])
+        assert np.abs(np.diff(stats.norm.cdf(edges)) * 300 - 1).max() < 1e-4
 
     def test_order_of_the_latents_does_not_matter(self) -> None:
         y = np.random.default_rng(2).standard_normal(9)
         order = np.argsort(y)
-        assert np.allclose(flat(solve(y[:, None]))[order], flat(solve(y[order][:, None])), atol=0.02)
+        assert np.allclose(flat(solve(y[:, None]))[order], flat(solve(y[order][:, None])), atol=1e-9)
 
 
 class TestTwoAtoms:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy.special import logsumexp, xlogy
 
 import distot
-from distot import assign, descent, entropic, graph, optim, start, tree
+from distot import assign, descent, entropic, graph, optim, solver, start, tree
 from distot.certify import cell_masses
 from distot.errors import InputError, StoreError
 from distot.grid import Axis, Grid, Split
@@ -173,6 +173,12 @@ class TestAnyData:
         y = CLOUDS[kind]
         solution = quiet(y, source, until_chi2=None, max_samples=50 * len(y))
         assert solution.certificate.chi2 < (0.25 if kind == "plane in space" else 0.1)
+
+    def test_very_uneven_latents_in_the_plane(self) -> None:
+        """Cubed normals: margins of six orders of magnitude."""
+        latents = np.random.default_rng(0).standard_normal((300, 2)) ** 3
+        found = quiet(latents, until_chi2=None, max_samples=300 * 300, certificate_samples=100_000)
+        assert found.certificate.chi2 < 0.03
 
     def test_uneven_masses(self) -> None:
         mass = np.arange(1, 501) ** -1.0
@@ -429,6 +435,30 @@ class TestParts:
         counts = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0], dtype=torch.float64)
         assert float(optim.mean_margin(sums, counts)) == pytest.approx((1 + 2 + 3 + 100 * 2) / 4)
         assert float(optim.mean_margin(sums[:3], counts[:3])) == pytest.approx(2)
+
+    def test_margins_of_atoms_are_trusted_as_far_as_their_spread_is_no_noise(self) -> None:
+        wins = torch.full((200,), 10.0, dtype=torch.float64)
+        tau = torch.tensor(1.0, dtype=torch.float64)
+        random = torch.Generator().manual_seed(0)
+        noise = torch.exp(0.3 * torch.randn(200, generator=random, dtype=torch.float64))  # of means of ten
+        alike = optim.scales(noise * wins, wins, tau)
+        assert float(alike.log().std()) < 0.5 * float(noise.log().std()), "noise was taken for what it is"
+        true = torch.logspace(-5, 1, 200, dtype=torch.float64)
+        uneven = optim.scales(true * noise * wins, wins, tau)
+        assert float((uneven / (true * noise)).log().abs().max()) < 0.5, "margins of other orders of magnitude stay"
+        wins[0] = 0
+        assert float(optim.scales(true * wins, wins, tau)[0]) == 1
+
+    def test_an_average_that_is_worse_than_the_heights_begins_anew(self) -> None:
+        problem = quiet(CLOUD, max_samples=3000, until_chi2=None).problem
+        zero = torch.zeros(300, dtype=torch.float64)
+        state = replace(optim.begin(zero + 1, 0, problem.target.split), average=zero, time=50.0, error=0.1)
+        bad = Check(samples=1, looked=1, step=1, chi2=5.0, error=0.1, close=False, upper=9.0)
+        anew = solver.renewed(problem, state, bad)
+        assert torch.equal(anew.average, state.heights)
+        assert anew.since == 50
+        assert solver.renewed(problem, state, replace(bad, chi2=0.1)) is state
+        assert solver.renewed(problem, state, replace(bad, error=2.5)) is state
 
     def test_batches_grow_only_late(self) -> None:
         assert batch(10_000, 1.0, 0) == batch(10_000, 1.0, 64) == first_batch(10_000, 1.0) == 2000
