@@ -72,7 +72,7 @@ def progress(story: Story) -> Figure | None:
 
 
 def cost(story: Story) -> Figure | None:
-    """The bound (9) on W2² with its limit, and the map's cost, of every certificate that the log has."""
+    """The bound (9) on W2² (or other cost) with its limit, and the map's cost, of every certificate in the log."""
     found, at = [], 0
     for event in story.events:
         if event["event"] == "stop":
@@ -85,16 +85,16 @@ def cost(story: Story) -> Figure | None:
         return None
     found = found[-4:]
     last = found[-1][1]
-    keys = (("w2_squared_bound", "one", "lower bound on W2²"), ("map_cost", "two", "cost of the map"))
+    log = last.get("cost") == "log"
+    value, unit = ("the least cost", "-log<x, y>") if log else ("W2²", "squared distance")
+    keys = (("w2_squared_bound", "one", f"lower bound on {value}"), ("map_cost", "two", "cost of the map"))
     ends = [c[key] + sign * SURE * c[f"{key}_error"] for _, c in found for key, *_ in keys for sign in (-1, 1)]
     limits = [c["w2_squared_limit"] for _, c in found]
     bound, spent = (plus_minus(last[key], last[f"{key}_error"]) for key, *_ in keys)
     name, title = "cost", "What the transport costs"
-    told = f"The lower bound on W2 squared is {bound}, the cost of the map {spent}."
+    told = f"The lower bound on {value} is {bound}, the cost of the map {spent}."
     lines = 2 * len(found)
-    chart = Chart(
-        name, title, told, span([*ends, *limits], room=0.08), (0.0, float(lines)), ("squared distance", ""), bare=True
-    )
+    chart = Chart(name, title, told, span([*ends, *limits], room=0.08), (0.0, float(lines)), (unit, ""), bare=True)
     rows = []
     for place, ((at, c), limit) in enumerate(zip(found, limits, strict=True)):
         for line, (key, kind, what) in enumerate(keys):
@@ -103,18 +103,18 @@ def cost(story: Story) -> Figure | None:
             chart.whisker(y, value - SURE * error, value + SURE * error, kind)
             chart.dots([value], [y], kind, [text], 6)
             chart.say(value, y, plus_minus(value, error), kind)
-        sure = f"with {c['level']:.0%} confidence W2² ≥ {number(limit, 6)}"
+        sure = f"with {c['level']:.0%} confidence {value} ≥ {number(limit, 6)}"
         chart.dots([limit], [lines - 2 * place - 0.62], "edge", [sure], 3.5)
         of = (plus_minus(c[key], c[f"{key}_error"]) for key, *_ in keys)
         rows.append((count(at), *of, f"≥ {number(limit, 6)}"))
     legend = (
-        ("one", "lower bound on W2², 95 % interval"),
-        ("edge", "limit: W2² is above"),
+        ("one", f"lower bound on {value}, 95 % interval"),
+        ("edge", f"limit: {value} is above"),
         ("two", "cost of the map found"),
     )
     caption = (
-        "The bound holds whatever the heights. The map's own cost may be lower or higher than W2², because its masses "
-        "are not exact; the two meet as chi2 goes to 0."
+        f"The bound holds whatever the heights. The map's own cost may be lower or higher than {value}, because its "
+        "masses are not exact; the two meet as chi2 goes to 0."
     )
     if len(found) > 1:
         caption += " One pair for each certificate, the newest at the bottom."

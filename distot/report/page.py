@@ -166,6 +166,7 @@ def tiles(story: Story) -> list[tuple[str, str, str]]:
     if found is not None:
         shown.append(("chi2", words.plus_minus(found.chi2, found.chi2_error), meaning))
         what = "W2²" if found.epsilon is None else "entropic cost, twice"
+        what = "least cost" if found.cost == "log" else what
         guess = words.plus_minus(found.w2_squared_bound, found.w2_squared_bound_error)
         sure = f"the true value is above this with {found.level:.0%} confidence; best guess {guess}"
         shown.append((what, f"≥ {words.number(found.w2_squared_limit, 5)}", sure))
