@@ -8,7 +8,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import numpy as np
-from scipy.stats import pearson3
+from scipy.special import gammainc
 
 from distot.cells import Cells, Sums
 from distot.power import Array
@@ -194,13 +194,13 @@ def _ratio_edges(ratio: Array, wanted: Array, m: float) -> Array:
 
 
 def _by_chance(edges: Array, variance: Array) -> Array:
-    """Expected latents in each bin if ratios had mean 1 and these variances (N,): laws with the skewness
-    of counts (Pearson's third kind), for 64 groups of them."""
+    """Expected latents in each bin if ratios had mean 1 and these variances (N,): gamma laws from -1 on, which have the
+    skewness of counts, for 64 groups of them."""
     groups = np.array_split(np.sort(variance), min(64, len(variance)))
     found = np.zeros(len(edges) - 1)
     for group in groups:
-        typical = float(group.mean()) ** 0.5
-        below = pearson3.cdf(edges, typical, loc=1.0, scale=typical)
+        typical = float(group.mean())
+        below = gammainc(4 / typical, 2 * np.maximum(edges + 1, 0) / typical)
         below[0], below[-1] = 0.0, 1.0
         found += len(group) * np.diff(below)
     return found
