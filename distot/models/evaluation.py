@@ -24,6 +24,7 @@ from distot.models.datasets import REACH, Data, floats
 from distot.models.kantorovich import Estimate
 
 FEATURES = 32
+LEAST = 200  # steps of training of a classifier
 DROPPED, SMOOTHING = 0.3, 0.1  # features left out in training, and of labels: they keep features comparable
 ROWS = 2048
 
@@ -87,20 +88,21 @@ class Judge:
         wanted = self.data.shares
         share = torch.bincount(label[inside], minlength=len(wanted)) / len(x)
         ratio = share / wanted.clamp_min(1e-12)
-        fake = self.features(x[: len(self.real)])
+        every = self.features(x)
+        fake = every[: len(self.real)]  # as many as real ones, for counts of neighbours depend on it
         precision, recall = precision_recall(self.real, fake)
         density, coverage = density_coverage(self.real, fake)
         return Scores(
             covered=float((ratio >= 0.5).double().mean()),
             worst=float((ratio - 1).abs().max()),
             between=1 - float(inside.double().mean()),
-            frechet=frechet(self.real, self.features(x)),
+            frechet=frechet(self.real, every),
             precision=precision,
             recall=recall,
             density=density,
             coverage=coverage,
-            sliced=sliced_w2(self.real, fake, self.seed),
-            w2_squared=w2_squared(self.real, fake, self.seed),
+            sliced=sliced_w2(self.real, every, self.seed),
+            w2_squared=w2_squared(self.real, every, self.seed),
         )
 
 
@@ -120,7 +122,7 @@ class Classifier(nn.Module):
             self.body = nn.Sequential(encoder(spec, FEATURES), nn.SiLU())
             self.head = nn.Linear(FEATURES, data.classes)
         random, batch = torch.Generator().manual_seed(seed), 256
-        steps = epochs * max(1, len(data.values) // batch)
+        steps = max(LEAST, epochs * len(data.values) // batch)
         adam = torch.optim.AdamW(self.parameters(), 2e-3, weight_decay=1e-2)
         for step in range(steps):
             adam.param_groups[0]["lr"] = 2e-3 * 0.5 * (1 + math.cos(math.pi * step / steps))

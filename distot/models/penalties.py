@@ -20,6 +20,7 @@ from distot.errors import InputError
 from distot.models.autoencoder import Code, dense
 from distot.solution import Solution
 
+WARM = 10  # epochs until a divergence counts in full
 SCALES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
 
@@ -58,15 +59,20 @@ class Divergence(Penalty):
     """Kullback and Leibler's, of the code of each datum from the noise: the variational autoencoder.
 
     The Gaussian of the decoder has the variance that is likeliest for the batch, as that of sigma-VAE (Rybkin et al.,
-    arXiv 2006.13202), so there is no weight to set.
+    arXiv 2006.13202), so there is no weight to set. In the first epochs, whose likeliest variance is large, it counts
+    less: else no latent would ever say anything of its datum.
     """
 
     random = True
+    share = 1.0
+
+    def begin(self, epoch: int, latents: Callable[[], Tensor]) -> None:
+        self.share = min(1.0, epoch / WARM)
 
     def forward(self, code: Code, z: Tensor, noise: Tensor, index: Tensor, cost: Tensor, numbers: int) -> Tensor:
         assert code.log_variance is not None
         each = 0.5 * (code.mean.square() + code.log_variance.exp() - 1 - code.log_variance).sum(dim=1)
-        return 2 * cost / numbers * each.mean()
+        return self.share * 2 * cost / numbers * each.mean()
 
 
 def kernel(a: Tensor, b: Tensor) -> Tensor:

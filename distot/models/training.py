@@ -183,7 +183,8 @@ def _words(model: Autoencoder, data: Tensor, penalty: Penalty, training: Trainin
     content = Fingerprint(rows.shape, rows.dtype)
     content.update(rows)
     settings = {name: value for name, value in vars(penalty).items() if isinstance(value, int | float)}
-    settings.pop("training")  # torch's mode
+    for passing in ("training", "share"):  # torch's mode, and what depends on the epoch
+        settings.pop(passing, None)
     about = {
         "start": model.fingerprint,
         "training": asdict(training),
