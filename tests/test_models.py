@@ -41,6 +41,7 @@ from distot.models.autoencoder import about
 from distot.models.datasets import COPIES, floats
 from distot.models.evaluation import density_coverage, frechet, precision_recall, sliced_w2, w2_squared
 from distot.models.penalties import PENALTIES, SCALES, kernel
+from jobs.critic import minimise
 
 RNG = np.random.default_rng(3)
 PLANE = torch.from_numpy(RNG.standard_normal((300, 2)) * [2, 0.5]).float()
@@ -371,6 +372,24 @@ def test_critic_and_its_gradient(cost: Literal["w2", "w1"]) -> None:
     slopes = torch.autograd.grad(critic(sample(100_000)), (place, size))
     for slope, ends in zip(slopes, (((0.72, 0.8), (0.68, 0.8)), ((0.7, 0.82), (0.7, 0.78))), strict=True):
         assert float(slope) == pytest.approx((exact(*ends[0]) - exact(*ends[1])) / 0.04, abs=0.02)
+
+
+def test_critic_of_uneven_masses() -> None:
+    """Cells get the masses that were asked for, and the map takes samples to the data of their cells."""
+    y, mass = draws(9, 2, 6) + 5, np.arange(1.0, 10)
+    critic = Critic(y, mass)
+    random = torch.Generator().manual_seed(0)
+    critic.fit(lambda n: torch.randn(n, 2, generator=random), steps=300)
+    found = torch.cdist(critic.map(draws(50_000, 2)), y).argmin(dim=1)
+    assert np.abs(np.bincount(found, minlength=9) / 50_000 / mass * 45 - 1).max() < 0.1
+    assert float(critic.g @ torch.from_numpy(mass).float()) == pytest.approx(0, abs=1e-3)
+
+
+def test_generator_by_minimisation_alone() -> None:
+    data = load("gaussians8", 1000)
+    before, after = (minimise(data, "w2", 256, steps, Judge(data, count=200)) for steps in (1, 400))
+    assert after.distance.value < 0.15 * before.distance.value
+    assert after.worst < 0.5
 
 
 def test_critic_by_the_solver() -> None:
