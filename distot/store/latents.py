@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -156,7 +156,7 @@ class LatentsWriter:
         self.array[self.written : self.written + self.filled] = self.buffer[: self.filled]
         self.written, self.filled = self.written + self.filled, 0
 
-    def close(self, origin: str) -> None:
+    def close(self, origin: str, more: Mapping[str, str]) -> None:
         """Writes what is left, and the attributes. Raises StoreError if rows are missing."""
         if self.filled:
             self._flush()
@@ -164,15 +164,18 @@ class LatentsWriter:
             raise StoreError(
                 f"{self.written:,} rows came where {self.shape[0]:,} were announced; the source was cut short"
             )
-        about: dict[str, Any] = {"format": FORMAT, "version": VERSION, "dtype": self.dtype, "origin": origin}
+        about: dict[str, Any] = {**more, "format": FORMAT, "version": VERSION, "dtype": self.dtype, "origin": origin}
         self.group.attrs.put(about | {"fingerprint": self.fingerprint.hexdigest()})
 
 
 @contextmanager
-def new_latents(path: str | Place, shape: tuple[int, int], dtype: str, origin: str) -> Iterator[LatentsWriter]:
+def new_latents(
+    path: str | Place, shape: tuple[int, int], dtype: str, origin: str, about: Mapping[str, str] | None = None
+) -> Iterator[LatentsWriter]:
     """A latents store under construction; it appears at ``path`` when the block ends without an error.
 
-    dtype: float16, bfloat16, float32 or float64. ``origin`` says in words where the rows come from.
+    dtype: float16, bfloat16, float32 or float64. ``origin`` says in words where the rows come from,
+    ``about`` has further attributes, such as the fingerprint of an encoder.
     Raises StoreError if ``path`` exists, the disk is too small, or fewer rows than ``shape[0]`` were written.
     """
     path = as_place(path)
@@ -182,7 +185,7 @@ def new_latents(path: str | Place, shape: tuple[int, int], dtype: str, origin: s
     with new_folder(path) as folder:
         writer = LatentsWriter(folder, shape, dtype)
         yield writer
-        writer.close(origin)
+        writer.close(origin, about or {})
 
 
 def _to_bfloat16(rows: NDArray[Any]) -> NDArray[np.uint16]:
