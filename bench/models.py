@@ -138,7 +138,7 @@ def row(method: str, found: list[dict[str, Any]]) -> str:
         values = np.array([value(its) for its in found])
         spread = f" ± {form.format(values.std(ddof=1))}" if len(values) > 1 and method != FLOOR else ""
         words.append(form.format(values.mean()) + spread)
-    return f"| {method} | " + " | ".join(words) + " |"
+    return f"| {method} ({len(found)}) | " + " | ".join(words) + " |"
 
 
 def tiles(images: Tensor, columns: int) -> Tensor:
@@ -198,7 +198,13 @@ def main() -> None:
         pictures(args.pictures, args.keep)
         return
     args.keep.mkdir(parents=True, exist_ok=True)
-    lines: list[str] = []
+    lines = [
+        "Mean ± standard deviation over seeds; how many, in brackets. *Modes*: classes or modes with at least half of "
+        "their share. *Worst share*: largest relative error of the share of one; samples between modes belong to none. "
+        "*Between*: samples farther than five standard deviations from every mode or the curve. *W2²*: lower bound, of "
+        "classifier features for digits. *Seconds* of a processor for training, solving, and generating 20,000 digits "
+        "or 100,000 points. The first row is what data of the training set get.",
+    ]
     for name in SETS:
         lines += ["", f"## {name}", "", "| | " + " | ".join(title for title, *_ in COLUMNS.values()) + " |"]
         lines.append("|---" * (1 + len(COLUMNS)) + "|")
@@ -212,6 +218,8 @@ def main() -> None:
                 found.setdefault(method, []).append(cell(name, method, seed, args.keep))
                 print(f"{name} {seed} {row(method, found[method][-1:])}", flush=True)
             solved.cache_clear()
+        if not found:
+            lines = lines[:-5]
         lines += [row(method, its) for method, its in found.items()]
     if not args.only:
         write("models", "Generative models on equal terms", lines)
