@@ -31,7 +31,7 @@ TRUST, NOISE = 1.5, 12.0  # a step failed if the next batch's chi2 exceeds this 
 BRAKE, FLOOR = 3.0, 2.0  # then damping grows by BRAKE, and stays above FLOOR times the one that failed, for a while
 SMALL = 1 << 15  # atoms, up to which all processes keep all pairs
 OUTLIER = 100.0  # atoms whose margins exceed the median atom's by more count no more in the mean
-PRIOR = 5.0  # wins of mean margin added to each atom's own, in the damping
+PRIOR = 5.0  # wins that the mean margin is worth beside an atom's own
 LEAST_SPREAD = 1e-6  # variance of the logarithms of margins over atoms
 FULL_STEP = 0.2  # expected wins in a batch from which an atom takes the full step; below, one win would move it too far
 
@@ -186,13 +186,13 @@ def scales(sums: Tensor, counts: Tensor, tau: Tensor) -> Tensor:
     """The margin of each atom (n,), from sums of the margins of its wins and their (decayed) number.
 
     Margins may differ by orders of magnitude where latents lie unevenly. So the mean of an atom is drawn towards tau on
-    a logarithmic scale, by the share of noise, 1 / wins, in what is seen of its spread over all atoms (empirical
-    Bayes); an atom without wins has tau.
+    a logarithmic scale, by the share of noise in what is seen of its spread over all atoms (empirical Bayes; noise is
+    taken for PRIOR / wins, as light atoms are the worse off with too small a margin); an atom without wins has tau.
     """
     won = (counts > 0) & (sums > 0)
     wins, seen = counts[won], (sums[won] / counts[won]).log()
     spread = float((wins @ (seen - (wins @ seen) / wins.sum()).square() - len(wins)) / wins.sum())
-    trust = max(spread, LEAST_SPREAD) / (max(spread, LEAST_SPREAD) + 1 / wins)
+    trust = max(spread, LEAST_SPREAD) / (max(spread, LEAST_SPREAD) + PRIOR / wins)
     found = tau.expand_as(sums).clone()
     found[won] = (trust * seen + (1 - trust) * tau.log()).exp()
     return found
