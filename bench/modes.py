@@ -8,8 +8,6 @@ The extended map with the angle test, as it comes and balanced, beside the same 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +18,11 @@ from scipy.spatial import KDTree
 
 import distot
 from bench.report import write
+from distot.models import Data, load
+from distot.models.datasets import REACH
 
-Array = NDArray[np.float64]
 PICTURE = Path(__file__).parent.parent / "docs/pictures/modes.png"
-SPREAD = 0.05
+TOYS = {"gaussians8": "8 Gaussians", "gaussians25": "25 Gaussians", "swissroll": "swiss roll"}
 MAPS: dict[str, dict[str, Any]] = {
     "angle test": {},
     "balanced": {"balance": True},
@@ -31,55 +30,12 @@ MAPS: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass(frozen=True)
-class Toy:
-    """Latents with the mode of each, and points that the law is concentrated at, within about ``width``."""
-
-    name: str
-    latents: Array
-    mode: NDArray[np.int64]
-    core: Array
-    core_mode: NDArray[np.int64]
-    width: float
-
-
-def mixture(name: str, means: Array, n: int) -> Toy:
-    mode = np.arange(n) % len(means)
-    latents = means[mode] + SPREAD * np.random.default_rng(0).standard_normal((n, 2))
-    return Toy(name, latents, mode, means, np.arange(len(means)), 5 * SPREAD)
-
-
-def ring(n: int) -> Toy:
-    angle = np.arange(8) * np.pi / 4
-    return mixture("8 Gaussians", 2 * np.stack([np.cos(angle), np.sin(angle)], axis=1), n)
-
-
-def lattice(n: int) -> Toy:
-    side = np.arange(-2.0, 3.0)
-    return mixture("25 Gaussians", np.stack(np.meshgrid(side, side), axis=-1).reshape(-1, 2), n)
-
-
-def roll(n: int) -> Toy:
-    """A spiral of two turns; its modes are eight pieces of equally many latents."""
-
-    def curve(u: Array) -> Array:
-        angle = 1.5 * np.pi * (1 + 2 * u)
-        return np.stack([angle * np.cos(angle), angle * np.sin(angle)], axis=1) / 7
-
-    u = np.random.default_rng(0).random(n)
-    noise = SPREAD * np.random.default_rng(1).standard_normal((n, 2))
-    fine = np.linspace(0, 1, 4000)
-    latents, order = curve(u) + noise, np.argsort(np.argsort(u))
-    cuts = np.sort(u)[n // 8 :: n // 8][:7]
-    return Toy("swiss roll", latents, order * 8 // n, curve(fine), np.searchsorted(cuts, fine), 5 * SPREAD)
-
-
-def judged(toy: Toy, made: distot.Generated) -> tuple[float, float]:
+def judged(data: Data, made: distot.Generated) -> tuple[float, float]:
     """Largest relative error of a mode's share, and the share of samples that lie between modes."""
-    away, nearest = KDTree(toy.core).query(made.samples)
-    modes = int(toy.mode.max()) + 1
-    got, wanted = (np.bincount(its, minlength=modes) / len(its) for its in (toy.core_mode[nearest], toy.mode))
-    return float(np.abs(got / wanted - 1).max()), float((away > toy.width).mean())
+    assert data.core is not None
+    away, nearest = KDTree(data.core.points).query(made.samples)
+    got = np.bincount(data.core.mode[nearest], minlength=data.classes) / len(nearest)
+    return float(np.abs(got / data.shares.numpy() - 1).max()), float((away > REACH).mean())
 
 
 def main() -> None:
@@ -94,18 +50,17 @@ def main() -> None:
         "| set | map | refused | worst share | between |",
         "|---|---|---|---|---|",
     ]
-    makers: tuple[Callable[[int], Toy], ...] = (ring, lattice, roll)
-    _, axes = plt.subplots(len(makers), 1 + len(MAPS), figsize=(12, 9.2), squeeze=False)
-    for row, maker in zip(axes, makers, strict=True):
-        toy = maker(args.n)
-        solution = distot.solve(toy.latents, exact=True)
-        show(row[0], toy.latents, f"{toy.name}: latents", "0.2")
-        for place, (name, options) in zip(row[1:], MAPS.items(), strict=True):
+    _, axes = plt.subplots(len(TOYS), 1 + len(MAPS), figsize=(12, 9.2), squeeze=False)
+    for row, (name, title) in zip(axes, TOYS.items(), strict=True):
+        data = load(name, args.n)
+        solution = distot.solve(data.values, exact=True)
+        show(row[0], data.values.numpy(), f"{title}: latents", "0.2")
+        for place, (way, options) in zip(row[1:], MAPS.items(), strict=True):
             made = solution.generate(args.samples, **options)
-            worst, between = judged(toy, made)
+            worst, between = judged(data, made)
             refused = 0.0 if options.get("balance") else len(made.singular) / made.drawn
-            lines.append(f"| {toy.name} | {name} | {refused:.1%} | {worst:.1%} | {between:.3%} |")
-            show(place, made.samples[:6000], f"{name}: {between:.2%} between", "C0" if between < 0.001 else "C3")
+            lines.append(f"| {title} | {way} | {refused:.1%} | {worst:.1%} | {between:.3%} |")
+            show(place, made.samples[:6000], f"{way}: {between:.2%} between", "C0" if between < 0.001 else "C3")
         print("\n".join(lines[-len(MAPS) :]))
     plt.tight_layout()
     PICTURE.parent.mkdir(exist_ok=True)

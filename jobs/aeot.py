@@ -32,7 +32,7 @@ from distot.arguments import RayAddress, Seconds, Workers, parse_goal
 from distot.errors import InputError
 from distot.inspect import describe
 from distot.models import Autoencoder, Data, Epoch, Judge, Spec, Training, load, train
-from distot.models.datasets import TOYS
+from distot.models.datasets import PICTURES, TOYS
 from distot.store import RowFile, new_file, new_latents, open_latents
 from jobs.demo import say
 
@@ -57,7 +57,7 @@ class Settings:
     @classmethod
     def of(cls, data: str, quick: bool, **given: Any) -> Settings:
         """The defaults of a data set but for what is given."""
-        its = cls(data if data in (*TOYS, "digits") else str(Path(data).absolute()))
+        its = cls(data if data in (*TOYS, *PICTURES) else str(Path(data).absolute()))
         if data in TOYS:
             its = replace(its, latent=2, epochs=60, width=128, count=100_000)
         if quick:
@@ -248,7 +248,7 @@ def begun(folder: Path, settings: Settings) -> None:
 
 
 def main(
-    data: Annotated[str, typer.Argument(help="digits, gaussians8, gaussians25, swissroll, or a folder.")],
+    data: Annotated[str, typer.Argument(help="digits, patches, gaussians8, gaussians25, swissroll, or a folder.")],
     out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Where everything goes.")],
     quick: Annotated[bool, typer.Option("--quick", help="Little data and training, to see that it runs.")] = False,
     size: Annotated[int | None, typer.Option(help="Data to train on; default: all.")] = None,

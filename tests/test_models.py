@@ -572,6 +572,21 @@ def test_celeba(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+def test_patches_are_windows_and_those_held_out_are_of_other_strips() -> None:
+    data = load("patches", 20_000)
+    assert data.values.shape == (20_000, 3, 8, 8)
+    assert (data.values.dtype, len(data.fresh), data.classes) == (torch.uint8, 10_000, 2)
+    assert float(data.shares[0]) == pytest.approx(0.5, abs=0.02)
+    from sklearn.datasets import load_sample_images
+
+    flower = torch.from_numpy(load_sample_images().images[1].copy()).movedim(-1, 0)
+    for values, labels, first in ((data.values, data.labels, 0), (data.fresh, data.fresh_labels, 560)):
+        patch = values[labels == 1][0]
+        places = (flower.unfold(1, 8, 1).unfold(2, 8, 1) == patch[:, None, None]).all(0).all(-1).all(-1).nonzero()
+        assert len(places), "it is no window of the photograph"
+        assert any(first <= column <= (632 if first else 552) for _, column in places.tolist())
+
+
 def test_digits_are_varied_as_documented() -> None:
     data, again = load("digits"), load("digits")
     assert (data.values.shape, data.fresh.shape, data.classes) == ((50_932, 1, 8, 8), (10_166, 1, 8, 8), 10)

@@ -22,6 +22,7 @@ from distot.errors import InputError
 
 COPIES = 34  # of each digit, itself included
 HELD_OUT = 6  # every sixth digit is kept for judging
+PATCH = 8  # pixels
 CROP, SIDE = 148, 64  # of a CelebA picture: the square in its middle, and what it is reduced to
 NOISE = 0.05  # standard deviation of the toys around their cores
 REACH = 5 * NOISE  # farther from the core a sample belongs to no mode
@@ -66,7 +67,7 @@ class Data:
 
 
 def load(name: str | Path, size: int | None = None) -> Data:
-    """A data set by its name, "gaussians8", "gaussians25", "swissroll" or "digits", or by the folder that holds it.
+    """A data set by its name, one of TOYS or PICTURES, or by the folder that holds it.
 
     A folder has the four files of MNIST or Fashion-MNIST (``train-images-idx3-ubyte``, as they are or with .gz), or
     those of CelebA (``img_align_celeba/``, ``list_eval_partition.txt``, and ``list_attr_celeba.txt`` for labels).
@@ -78,11 +79,11 @@ def load(name: str | Path, size: int | None = None) -> Data:
         raise InputError(f"a data set needs at least 2 data, size={size} is too few")
     if str(name) in TOYS:
         return TOYS[str(name)](10_000 if size is None else size)
-    if str(name) == "digits":
-        return _first(digits(), size)
+    if str(name) in PICTURES:
+        return _first(PICTURES[str(name)](), size)
     folder = Path(name)
     if not folder.is_dir():
-        raise InputError(f"{name}: no data set of that name ({', '.join([*TOYS, 'digits'])}), and no such folder")
+        raise InputError(f"{name}: no data set of that name ({', '.join([*TOYS, *PICTURES])}), and no such folder")
     if (folder / "img_align_celeba").is_dir():
         return _first(celeba(folder), size)
     return _first(mnist(folder), size)
@@ -170,8 +171,7 @@ def digits() -> Data:
     33 turned by up to 12 degrees, sheared and stretched by up to 8 %, and shifted by up to 0.6 pixels, with bilinear
     interpolation. Raises InputError without scikit-learn.
     """
-    if find_spec("sklearn") is None:
-        raise InputError("the digits come with scikit-learn: pip install 'distot[demo]'")
+    _need_sklearn()
     from sklearn.datasets import load_digits
 
     found = load_digits()
@@ -183,6 +183,38 @@ def digits() -> Data:
     for mine in (~held, held):
         parts += [_varied(images[mine], random), labels[mine].repeat(COPIES)]
     return _data("digits", parts)
+
+
+def patches() -> Data:
+    """50,000 patches of 8 x 8 pixels from the two photographs of scikit-learn, and 10,000 from strips held out.
+
+    The class is the photograph, a temple or a flower. Strips are the right eighth of each, which no patch for training
+    touches. Raises InputError without scikit-learn.
+    """
+    _need_sklearn()
+    from sklearn.datasets import load_sample_images
+
+    random, parts = np.random.default_rng(0), []
+    for count, held in ((25_000, False), (5_000, True)):
+        found = []
+        for picture in load_sample_images().images:
+            edge = picture.shape[1] * 7 // 8
+            part = picture[:, edge:] if held else picture[:, :edge]
+            windows = np.lib.stride_tricks.sliding_window_view(part, (PATCH, PATCH), axis=(0, 1))
+            rows, columns = np.divmod(
+                random.choice(windows.shape[0] * windows.shape[1], count, replace=False), windows.shape[1]
+            )
+            found.append(torch.from_numpy(windows[rows, columns].copy()))
+        parts += [torch.cat(found), torch.arange(2).repeat_interleave(count)]
+    return _data("patches", parts)
+
+
+PICTURES: dict[str, Callable[[], Data]] = {"digits": digits, "patches": patches}
+
+
+def _need_sklearn() -> None:
+    if find_spec("sklearn") is None:
+        raise InputError("digits and patches come with scikit-learn: pip install 'distot[demo]'")
 
 
 def _varied(images: Tensor, random: torch.Generator) -> Tensor:

@@ -163,8 +163,8 @@ class Critic(nn.Module):
             raise InputError("the solver is for the cost w2; fit does without it")
 
         def draw(random: np.random.Generator, n: int) -> np.ndarray[Any, Any]:
-            torch.manual_seed(int(random.integers(1 << 62)))
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                torch.manual_seed(int(random.integers(1 << 62)))
                 return sample(n).double().cpu().numpy()
 
         y = (self.y + self.centre).double().cpu().numpy()
