@@ -62,11 +62,12 @@ class Watch:
 
     def poll(self, reserve: float = 0.0) -> None:
         """Raises Stop after a signal, or when fewer than ``reserve`` seconds are left, in all processes or none."""
-        self.signal = self.signal or self.asked()
+        if asked := self.asked():  # a signal may come at any moment, and must not be written over
+            self.signal = asked
         late = self.deadline is not None and time.monotonic() > self.deadline - reserve
         number, late = self.world.max(torch.tensor([self.signal or 0, int(late)])).tolist()
-        self.signal = number or None
         if number:
+            self.signal = number
             raise Stop("interrupted")
         if late:
             raise Stop("max_seconds")

@@ -14,7 +14,7 @@ from processes import Child, Launcher, Normal, quick_folder, wait_for
 
 import distot
 from distot.errors import InputError, StoreError
-from distot.store import Run, copy_latents
+from distot.store import Dropped, Run, copy_latents
 
 TASK = ("--until-chi2", "0.02", "--max-samples", "90000")  # looks and close looks; whichever comes first ends it
 OFTEN = ("--checkpoint-seconds", "0.02")
@@ -253,3 +253,20 @@ def test_a_run_from_memory_keeps_its_own_latents(launcher: Launcher, latents: Pa
     assert np.array_equal(distot.load(run).map(rows[:5]), solved.map(rows[:5]))
     with pytest.raises(InputError, match="has reached its goal"):
         distot.resume(run)
+
+
+def test_a_checkpoint_that_goes_while_it_is_read_is_said_to_have_gone(tmp_path: Path) -> None:
+    """A writer deletes the manifest first, then the rest; what is missing then is no damage."""
+    path = tmp_path / "run.zarr"
+    distot.solve(np.random.default_rng(0).standard_normal((50, 3)), run=path, max_samples=2000, progress=False)
+    saved = Run(path).checkpoints.load()
+    assert saved is not None
+    assert len(saved.read("heights", slice(0, 50))) == 50
+    (saved.folder / "MANIFEST.json").unlink()
+    for gone in (False, True):
+        if gone:
+            shutil.rmtree(saved.folder / "part-00000")
+        with pytest.raises(Dropped, match="deleted while it was read"):
+            saved.read("heights", slice(0, 50))
+        with pytest.raises(Dropped, match="deleted while it was read"):
+            list(saved.parts("pairs"))

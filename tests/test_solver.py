@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from distot.problem import Problem, build_problem
 from distot.schedule import Check, StopRule, batch, first_batch
 from distot.source import Stream
 from distot.store import copy_latents
+from distot.watch import Stop, Watch, signals
 
 RNG = np.random.default_rng(0)
 CLOUD = RNG.standard_normal((300, 5)) * [3, 2, 1, 0.5, 0.1]
@@ -459,6 +461,32 @@ class TestParts:
         assert anew.since == 50
         assert solver.renewed(problem, state, replace(bad, chi2=0.1)) is state
         assert solver.renewed(problem, state, replace(bad, error=2.5)) is state
+
+    def test_a_signal_at_any_moment_of_a_poll_is_heard(self) -> None:
+        """Also one that comes while others are asked whether they have one."""
+        moments: list[str] = []
+
+        def asked() -> None:
+            if not moments:
+                moments.append("asked")
+                signal.raise_signal(signal.SIGINT)
+
+        class Slow(Axis):
+            def max(self, x: torch.Tensor) -> torch.Tensor:
+                if moments == ["reset"]:
+                    moments.append("told")
+                    signal.raise_signal(signal.SIGINT)
+                return super().max(x)
+
+        def polled(watch: Watch) -> None:
+            with signals(watch):
+                watch.poll()
+                watch.poll()
+
+        for watch in (Watch(asked=asked), Watch(world=Slow())):
+            with pytest.raises(Stop, match="interrupted"):
+                polled(watch)
+            moments[:] = ["reset"]
 
     def test_batches_grow_only_late(self) -> None:
         assert batch(10_000, 1.0, 0) == batch(10_000, 1.0, 64) == first_batch(10_000, 1.0) == 2000

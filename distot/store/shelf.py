@@ -62,20 +62,21 @@ class Checkpoint:
         for part in self.written:
             begin, end = (min(max(row - part["first"], 0), part["count"]) for row in (rows.start, rows.stop))
             if begin < end:
-                found.append(load(self.folder / part["name"] / array, slice(begin, end)))
-        self._still_there()
+                found.append(self._load(part, array, slice(begin, end)))
         return np.concatenate(found) if found else np.empty(0)
 
     def parts(self, *arrays: str) -> Iterator[tuple[NDArray[Any], ...]]:
         """Arrays of every part."""
         for part in self.written:
-            found = tuple(load(self.folder / part["name"] / array) for array in arrays)
-            self._still_there()  # before anyone looks at what zarr has filled in
-            yield found
+            yield tuple(self._load(part, array) for array in arrays)
 
-    def _still_there(self) -> None:
-        if not (self.folder / "MANIFEST.json").is_file():  # the first thing a writer deletes; zarr fills in the rest
-            raise Dropped(f"checkpoint {self.name} was deleted while it was read")
+    def _load(self, part: dict[str, Any], array: str, rows: slice = slice(None)) -> NDArray[Any]:
+        """An array of a part. Raises Dropped if the checkpoint was deleted meanwhile, however that showed."""
+        try:
+            return load(self.folder / part["name"] / array, rows)
+        finally:
+            if not (self.folder / "MANIFEST.json").is_file():  # the first thing that goes; zarr fills in the rest
+                raise Dropped(f"checkpoint {self.name} was deleted while it was read")
 
 
 class Shelf:
