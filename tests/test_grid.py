@@ -25,7 +25,7 @@ from distot.problem import Problem, build_problem
 from distot.source import Stream
 from distot.target import divide
 
-SHAPES = [(2, 1), (2, 2), (3, 1)]  # by turns as if small and as if large
+SHAPES = [(3, 1), (2, 2)]  # by turns as if small and as if large
 N, D = 4000, 6
 ROUNDED = ("entropic", "cells", "made False", "made True")  # log-sum-exp, and centres of cells, are in float32
 

@@ -265,7 +265,7 @@ def test_a_checkpoint_that_goes_while_it_is_read_is_said_to_have_gone(tmp_path: 
     (saved.folder / "MANIFEST.json").unlink()
     for gone in (False, True):
         if gone:
-            shutil.rmtree(saved.folder / "part-00000")
+            shutil.rmtree(path / "checkpoints" / saved.name / "part-00000")
         with pytest.raises(Dropped, match="deleted while it was read"):
             saved.read("heights", slice(0, 50))
         with pytest.raises(Dropped, match="deleted while it was read"):

@@ -76,7 +76,6 @@ def test_a_job_is_submitted_once_and_taken_up_again(dashboard: str, tmp_path: Pa
     assert any("is there already" in line for line in said)
     assert any("the goal was reached" in line for line in said), said
     assert distot.load(run).certificate.chi2 < 0.15
-    assert submit(task, dashboard, show=said.append) == f"{name[:-2]}-2"  # which finds nothing left to do
     # a job that is stopped saves a checkpoint first
     other = tmp_path / "other.zarr"
     task = [str(latents), str(other), "--workers", "2", "--until-chi2", "none", "--max-samples", "1e9"]
