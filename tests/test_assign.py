@@ -242,7 +242,7 @@ class TestNarrow(Contract):
         for _ in range(16):
             race(TRIAL, (lambda: way(0, 0.02), lambda: way(1, 0.001)))
         race(1, (lambda: way(0, 0), lambda: way(1, 0)))
-        assert taken == [1, 0, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1]
+        assert taken == [1, 0, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1, 1, 0]
         assert race.ahead == 1
 
     def test_taken_where_the_processor_has_it_and_memory_allows(self, monkeypatch: pytest.MonkeyPatch) -> None:
