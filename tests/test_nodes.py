@@ -94,7 +94,7 @@ def test_workers_leave_a_node_that_gets_notice(nodes: tuple[Cluster, list[Any]],
 
 
 def test_a_run_outlives_its_driver(tmp_path: Path) -> None:
-    """The driver is killed, and takes its workers with it; a process without any goes on."""
+    """The driver is killed, and takes its workers with it; others go on."""
     latents, run = tmp_path / "latents.zarr", tmp_path / "run.zarr"
     copy_latents(CLOUD, None, latents, "test")
     options = [
@@ -121,7 +121,7 @@ def test_a_run_outlives_its_driver(tmp_path: Path) -> None:
         with suppress(StoreError), Run(run).lock():
             break
         time.sleep(0.2)
-    command = [sys.executable, "-m", "distot.cli", "resume", str(run), "--json"]
+    command = [sys.executable, "-m", "distot.cli", "resume", str(run), "--workers", "3", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["samples"] == alone().samples
