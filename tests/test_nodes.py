@@ -110,7 +110,7 @@ def test_a_run_outlives_its_driver(tmp_path: Path) -> None:
     options += ["--certificate-samples", "20000", "--workers", "2"]
     command = [sys.executable, "-m", "distot.cli", "solve", str(latents), str(run), *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as driver:
-        deadline = time.monotonic() + 100
+        deadline = time.monotonic() + 180
         while not (run / "LATEST").exists():
             assert time.monotonic() < deadline
             assert driver.poll() is None, driver.stdout.read() if driver.stdout else ""
