@@ -81,7 +81,7 @@ CASES = {
     "ball": (300, 8, "ball", 0.2),
     "sphere": (300, 16, "sphere", 0.2),
     "cube": (300, 8, "cube", 0.2),
-    "masses": (300, 10, "gaussian", 0.2),
+    "masses": (300, 10, "gaussian", 0.1),
     "curve": (300, 20, "gaussian", 0.2),
 }
 
@@ -141,8 +141,7 @@ class TestOrbits:
         assert abs(values.mean() - truth.value) < 4 * np.hypot(scatter / np.sqrt(len(values)), truth.error)
         stated = np.sqrt(np.mean([f.error**2 for f in found]))
         assert 0.8 < stated / scatter < 1.5
-        # less than 0.95 where a few light atoms are most of chi2, which makes its law skew
-        assert np.mean([upper(f, 0.95) >= truth.value for f in found]) > 0.84
+        assert np.mean([upper(f, 0.95) >= truth.value for f in found]) > 0.88
 
 
 def test_looks_change_axes_and_steps_do_not() -> None:

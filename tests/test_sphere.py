@@ -154,7 +154,8 @@ class TestClouds:
         assert c.bound - c.map_cost < 4 * c.mismatch_error + 0.05 * c.map_cost
         assert (c.cost, c.unseen) == ("log", 0)
         assert c.empty < 0.02 * n
-        assert solution.efficiency > 0.4
+        spent = solve(cloud(n, d), mass=mass, until_chi2=None, max_samples=100 * n)
+        assert spent.efficiency > 0.5  # of the steps, wherever the stop rule would have ended them
 
     def test_tight_clusters_begin_at_their_nodes(self) -> None:
         """The multilevel start (29) has found masses of clusters and cells that equal heights have not."""
