@@ -94,20 +94,11 @@ def test_workers_leave_a_node_that_gets_notice(nodes: tuple[Cluster, list[Any]],
 
 
 def test_a_run_outlives_its_driver(tmp_path: Path) -> None:
-    """The driver is killed, and takes its workers with it; others go on."""
+    """The driver is killed, and takes its workers with it; others go on, even where its work was all but done."""
     latents, run = tmp_path / "latents.zarr", tmp_path / "run.zarr"
     copy_latents(CLOUD, None, latents, "test")
-    options = [
-        "--until-chi2",
-        "none",
-        "--max-samples",
-        str(WORK),
-        "--assigner",
-        "native",
-        "--checkpoint-seconds",
-        "0.1",
-    ]
-    options += ["--certificate-samples", "20000", "--workers", "2"]
+    options = ["--until-chi2", "none", "--max-samples", str(WORK // 2), "--assigner", "native", "--workers", "2"]
+    options += ["--certificate-samples", "20000", "--checkpoint-seconds", "0.1"]
     command = [sys.executable, "-m", "distot.cli", "solve", str(latents), str(run), *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as driver:
         deadline = time.monotonic() + 180
@@ -121,7 +112,8 @@ def test_a_run_outlives_its_driver(tmp_path: Path) -> None:
         with suppress(StoreError), Run(run).lock():
             break
         time.sleep(0.2)
-    command = [sys.executable, "-m", "distot.cli", "resume", str(run), "--workers", "3", "--json"]
+    command = [sys.executable, "-m", "distot.cli", "resume", str(run), "--max-samples", str(WORK)]
+    command += ["--workers", "3", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["samples"] == alone().samples
