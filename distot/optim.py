@@ -33,7 +33,6 @@ SMALL = 1 << 15  # atoms, up to which all processes keep all pairs
 OUTLIER = 100.0  # atoms whose margins exceed the median atom's by more count no more in the mean
 PRIOR = 5.0  # wins that the mean margin is worth beside an atom's own
 LEAST_SPREAD = 1e-6  # variance of the logarithms of margins over atoms
-FULL_STEP = 0.2  # expected wins in a batch from which an atom takes the full step; below, one win would move it too far
 
 
 @dataclass(frozen=True)
@@ -151,9 +150,8 @@ def update(
         drawn, pairs = drawn[1:], pairs[1:]
 
     found = graph.build(torch.cat(pairs, dim=1), margin, world)
-    excess = (hits / batch - nu) * (nu * batch / FULL_STEP).clamp(max=1)
     hold = (sums + PRIOR * tau) / (counts + PRIOR) + epsilon  # wider, so that crowded atoms may move together
-    newton = found.solve(-excess, state.damping * nu / hold)
+    newton = found.solve(nu - hits / batch, state.damping * nu / hold)
     step = span * RATE * (1 + state.time) ** -DECAY * (newton - nu @ newton)
     error = float(((wins - 1) * wins / nu).sum()) / (batch * (batch - 1)) - 1
     floor, damping = state.floor * MEMORY**span, state.damping * (found.stretch(step) / STRETCH) ** 0.5
