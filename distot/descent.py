@@ -50,12 +50,16 @@ def advance(
     tally: Tally | None = None
     lifting = soft is None and state.step % LIFT_EVERY == 1 and starves(problem, state, mass)
     kept: list[Kept] = []
-    k, temperature = (2, state.smoothing) if soft is None else (soft.top_k, soft.epsilon)
+    k = 2 if soft is None else soft.top_k
+    narrow = optim.narrowing(state, split) if soft is None else None
+    temperature: float | Tensor | None = None if soft is None else soft.epsilon
     found = assign.searches(problem, assigner, stream, step, wanted, state.heights, k, poll)
     for first, x, near in (portion for group in found for portion in group):
         if each is not None:
             each(x, near)
-        counted = optim.count(near, temperature, split, optim.chosen(first, batch, split))
+        if narrow is not None:
+            temperature = optim.temperature(state, narrow, near)
+        counted = optim.count(near, split, temperature, optim.chosen(first, batch, split))
         tally = counted if tally is None else tally + counted
         if lifting:
             stride = max(1, int(batch / (LIFT_SAMPLES * n)))

@@ -25,8 +25,11 @@ class Soft:
     top_k: int
 
 
-def shares(near: Winners, epsilon: float) -> Tensor:
-    """Softmax of the k best scores over epsilon, (B, k) float64: the entropic plan given x, cut at k winners."""
+def shares(near: Winners, epsilon: float | Tensor) -> Tensor:
+    """Softmax of the k best scores over epsilon, (B, k) float64: the entropic plan given x, cut at k winners.
+
+    epsilon: one for all, or of each sample (B, 1).
+    """
     return torch.softmax(near.score.double() / epsilon, dim=1)
 
 

@@ -56,7 +56,7 @@ class State:
 
     @property
     def smoothing(self) -> float:
-        """Width of the smoothing between best and runner-up in the coming step; 0 means hard winners."""
+        """Width of the smoothing between best and runner-up of mean margin in the coming step; 0: hard winners."""
         return SMOOTHING * self.margin * (1 + self.time) ** (-1 / 3) * (1 + self.time / SMOOTHING_TURN) ** (-2 / 3)
 
 
@@ -96,15 +96,34 @@ class Tally:
         return Tally(self.sums + other.sums, pairs, self.samples + other.samples)
 
 
-def count(near: Winners, temperature: float, split: Split, chosen: slice = slice(None)) -> Tally:
-    """Tally of samples whose k winners are known; they share each sample by a softmax, if the temperature is not 0.
+def count(near: Winners, split: Split, temperature: float | Tensor | None = None, chosen: slice = slice(None)) -> Tally:
+    """Tally of B samples whose k winners are known; they share each sample by a softmax, if there is a temperature.
 
-    chosen: the samples whose pairs are kept.
+    temperature: one for all, or of each sample (B, 1). chosen: the samples whose pairs are kept.
     """
     best, margin = near.index[:, 0], near.margin
     won = split.add(best, torch.stack([torch.ones_like(margin), margin], dim=1)).T
-    soft = split.add(near.index.flatten(), entropic.shares(near, temperature).flatten()) if temperature > 0 else won[0]
+    soft = won[0]
+    if temperature is not None:
+        soft = split.add(near.index.flatten(), entropic.shares(near, temperature).flatten())
     return Tally(torch.cat([soft[None], won]), near.index[chosen, :2].T.int(), len(best))
+
+
+def narrowing(state: State, split: Split) -> Tensor | None:
+    """What smoothing is multiplied by at each of all atoms (n,): the root of its margin over tau, by (16).
+
+    None before the first step, when nothing is known of margins.
+    """
+    if not state.smoothing:
+        return None
+    sums, counts = split.gather(torch.stack([state.margin_sum, state.margin_count], dim=1)).T
+    tau = sums.new_tensor(state.margin)
+    return (scales(sums, counts, tau) / tau).sqrt()
+
+
+def temperature(state: State, narrow: Tensor, near: Winners) -> Tensor:
+    """Smoothing of each sample (B, 1), less where the cell of its winner or of its runner-up is narrow."""
+    return state.smoothing * narrow[near.index[:, :2]].amin(dim=1, keepdim=True)
 
 
 def everywhere(split: Split) -> bool:

@@ -134,11 +134,11 @@ def plan(
     )  # of a ring's bytes, sent by each
     pairs = 0 if n <= optim.SMALL else ITERATIONS + 1
     winners = 2 * 8 * 2 * target * drawn / columns
-    vectors = steps * 8 * n * (5 * target + 2 * pairs * world + 2 * 3 / shards * sample)
+    vectors = steps * 8 * n * (7 * target + 2 * pairs * world + 2 * 3 / shards * sample)
     sent = winners + vectors
     own = n / shards
     portion = min(SEARCH_FLOPS["cuda" if machine.halves else "cpu"] / (2 * own * d), SEARCH_NUMBERS / d)
-    calls = steps * (6 + pairs) + 3 * drawn / columns / portion
+    calls = steps * (7 + pairs) + 3 * drawn / columns / portion
     held = optim.PAIRS_MOST * n * 8 / workers * 3
     saved = (4 * 8 + 8 * min(optim.PAIRS_MOST, 0.1 * time)) * n
     search = (drawn + looks) * cost * flops / rate

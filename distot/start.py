@@ -194,10 +194,10 @@ def probe(
     n, samples = problem.target.n, problem.draws(PROBE * problem.target.n) * problem.orbit.size
     grid, split = problem.grid, problem.target.split
     hits = torch.zeros_like(heights)
-    k, epsilon = (2, 0.0) if soft is None else (soft.top_k, soft.epsilon)
+    k, epsilon = (2, None) if soft is None else (soft.top_k, soft.epsilon)
     for group in assign.searches(problem, assigner, Stream.START, 0, PROBE * n, heights, k, poll):
         for *_, near in group:
-            hits += optim.count(near, epsilon, split).sums[0]
+            hits += optim.count(near, split, epsilon).sums[0]
     hits = grid.sample.sum(hits)
     mass = torch.as_tensor(problem.target.mass, device=heights.device)
     plain = float(split.axis.sum(((hits / samples - mass) ** 2 / mass).sum())) - n / samples
