@@ -1,6 +1,7 @@
 """Sample efficiency e = (N - 1) / (M chi2), math (11), of distot, POT and OTT: same problems, same evaluation.
 
     python -m bench.efficiency [--quick] [--only WORDS]    the table and the plot; POT takes most of the time
+    python -m bench.efficiency --quick --ours              distot anew, and peers only where the report has none yet
     python -m bench.efficiency --growth                    e as N grows
     python -m bench.efficiency --profile                   where the time of a step goes
 
@@ -77,6 +78,7 @@ def ours(problem: Problem, case: Case, y: Array) -> Result:
             solution = distot.solve(
                 y,
                 case.source_of(y.shape[1]),
+                mass=case.mass and case.mass(),
                 until_chi2=None,
                 max_samples=per_atom * len(y),
                 seed=seed,
@@ -99,43 +101,79 @@ def theirs(problem: Problem, y: Array, solvers: Sequence[Solver]) -> Result:
     return Result(chi2)
 
 
-def table(quick: bool, only: str) -> None:
+def table(quick: bool, only: str, again: bool) -> None:
+    """Writes the report; what it has of problems that are not measured now stays in it."""
     lines = [
         f"e at {' / '.join(map(str, PER_ATOM))} samples per atom. distot: default settings, median of {SEEDS} seeds; "
-        f"the number of those {len(PER_ATOM) * SEEDS} runs that left an atom without samples, of at least 100 an atom. "
+        f"the number of those {len(PER_ATOM) * SEEDS} runs that left an atom without samples, of at least 100 an atom "
+        "(few for light atoms: one of a hundredth of the mean mass has one). "
         "POT: DRAG, its defaults. OTT: Adam, the better of rates 0.05 and 0.2 for each budget. Source Gaussian unless "
-        "named. An efficiency above 1 is below the limit of plain samples: points of an orbit are cheaper, (17).",
+        "named. An efficiency above 1 is below the limit of plain samples: points of an orbit are cheaper, (17). "
+        "Efficiencies do not depend on the machine; some may be of an earlier day.",
         "",
         "| latents | N | distot | runs with an empty cell | POT | OTT |",
         "|---|---|---|---|---|---|",
     ]
-    chosen = [case for case in cases(1000 if quick else 2000) if only in case.name]
-    results = {}
+    every = cases(1000 if quick else 2000)
+    chosen, results = [case for case in every if only in case.name], known()
+    work = partial(compare, kept={} if again else results)
     with ProcessPoolExecutor(initializer=torch.set_num_threads, initargs=(1,), mp_context=get_context("spawn")) as pool:
-        for case, (line, found) in zip(chosen, pool.map(compare, chosen), strict=True):
+        for case, found in zip(chosen, pool.map(work, chosen), strict=True):
             results[case.name] = found
-            lines.append(line)
-            print(line, flush=True)
+            print(row(case.name, found), flush=True)
+    lines += [row(case.name, results[case.name]) for case in every if case.name in results]
     lines += ["", "![chi2 against samples per atom](efficiency.png)"]
     write("efficiency", "Sample efficiency", lines)
-    plot(results)
+    plot({name: found.results for name, found in results.items()})
 
 
-def compare(case: Case) -> tuple[str, dict[str, Result]]:
-    """A line of the table, and the results by solver."""
+@dataclass(frozen=True)
+class Row:
+    """Results on a problem of n atoms, by solver."""
+
+    n: int
+    results: dict[str, Result]
+
+
+def row(name: str, found: Row) -> str:
+    cells = [result.efficiency(found.n) for result in found.results.values()]
+    cells.insert(1, str(found.results["distot"].empty))
+    return f"| {name} | {found.n:,} | {' | '.join(cells)} |"
+
+
+def known() -> dict[str, Row]:
+    """What the report has, by problem."""
+    found: dict[str, Row] = {}
+    for line in (REPORTS / "efficiency.md").read_text().splitlines():
+        match [cell.strip() for cell in line.strip("|").split("|")]:
+            case [name, count, distot, empty, pot, ott] if " / " in ott:
+                n = int(count.replace(",", ""))
+                results = {"distot": _read(distot, n, int(empty)), "POT": _read(pot, n), "OTT": _read(ott, n)}
+                found[name] = Row(n, results)
+    return found
+
+
+def _read(cell: str, n: int, empty: int = 0) -> Result:
+    """The inverse of ``Result.efficiency``."""
+    told = zip(PER_ATOM, map(float, cell.split(" / ")), strict=True)
+    return Result({per_atom: (n - 1) / (per_atom * n * e) for per_atom, e in told}, empty)
+
+
+def compare(case: Case, kept: dict[str, Row]) -> Row:
+    """Results on a problem; those of peers that are known already are kept."""
     y = case.latents()
-    problem = build_problem(y, case.source_of(y.shape[1]))
+    mass = np.full(len(y), 1 / len(y)) if case.mass is None else case.mass()
+    problem = build_problem(y, case.source_of(y.shape[1]), mass)
+    pot = partial(peers.pot, source=problem.source, mass=mass)
+    ott = [partial(peers.ott, source=problem.source, mass=mass, rate=rate) for rate in peers.RATES]
     runs: dict[str, Callable[[], Result]] = {
         "distot": partial(ours, problem, case, y),
-        "POT": partial(theirs, problem, y, [partial(peers.pot, source=problem.source)]),
-        "OTT": partial(
-            theirs, problem, y, [partial(peers.ott, source=problem.source, rate=rate) for rate in peers.RATES]
-        ),
+        "POT": partial(theirs, problem, y, [pot]),
+        "OTT": partial(theirs, problem, y, ott),
     }
-    found = {name: run() for name, run in runs.items()}
-    cells = [result.efficiency(len(y)) for result in found.values()]
-    cells.insert(1, str(found["distot"].empty))
-    return f"| {case.name} | {len(y):,} | {' | '.join(cells)} |", found
+    if case.name in kept:
+        runs |= {name: partial(kept[case.name].results.__getitem__, name) for name in ("POT", "OTT")}
+    return Row(len(y), {name: run() for name, run in runs.items()})
 
 
 def plot(results: dict[str, dict[str, Result]]) -> None:
@@ -217,6 +255,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="smaller problems")
     parser.add_argument("--only", default="", help="only problems whose name holds these words")
+    parser.add_argument("--ours", action="store_true", help="keep what the report has of peers")
     parser.add_argument("--growth", action="store_true", help="e as N grows")
     parser.add_argument("--profile", action="store_true", help="where the time of a step goes")
     args = parser.parse_args()
@@ -225,7 +264,7 @@ def main() -> None:
     elif args.profile:
         profile(args.quick)
     else:
-        table(args.quick, args.only)
+        table(args.quick, args.only, again=not args.ours)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ RATES = (0.05, 0.2)  # of Adam
 FRESH = 0.01  # weight of the newest iterate in OTT's moving average; its default of 0.99 hardly averages
 
 
-def pot(y: Array, samples: int, source: Source) -> Array:
+def pot(y: Array, samples: int, source: Source, mass: Array) -> Array:
     """``solve_semidiscrete`` with its defaults, which are DRAG, but for the batch."""
     step = iter(range(samples))
 
@@ -34,12 +34,12 @@ def pot(y: Array, samples: int, source: Source) -> Array:
         return source.draw(Key(0, Stream.STEP, next(step), 0), batch).numpy()
 
     g = ot.semidiscrete.solve_semidiscrete(
-        y, sampler_source=draw, max_iter=max(1, samples // BATCH), batch_size=min(BATCH, samples)
+        y, sampler_source=draw, a_target=mass, max_iter=max(1, samples // BATCH), batch_size=min(BATCH, samples)
     )
     return weights_to_heights(np.asarray(g), y)
 
 
-def ott(y: Array, samples: int, source: Source, rate: float) -> Array:
+def ott(y: Array, samples: int, source: Source, mass: Array, rate: float) -> Array:
     """``SemidiscreteSolver`` with Adam at a constant rate and a moving average of iterates, no regularisation."""
     steps = max(1, samples // BATCH)
     cloud = SemidiscretePointCloud(partial(_draw, source), jnp.asarray(y, dtype=jnp.float32), epsilon=0.0)
@@ -52,7 +52,7 @@ def ott(y: Array, samples: int, source: Source, rate: float) -> Array:
         threshold=0.0,
         potential_ema=FRESH,
     )
-    found = jax.jit(solver)(jr.key(0), SemidiscreteLinearProblem(cloud))
+    found = jax.jit(solver)(jr.key(0), SemidiscreteLinearProblem(cloud, jnp.asarray(mass, dtype=jnp.float32)))
     return weights_to_heights(np.asarray(found.g, dtype=np.float64), y)
 
 

@@ -18,11 +18,12 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Case:
-    """One line of a table. ``latents()`` are those of ``build``, scaled."""
+    """One line of a table. ``latents()`` are those of ``build``, scaled; without ``mass`` all have the same."""
 
     name: str
     build: Callable[[], NDArray[Any]]
     source: str = "gaussian"
+    mass: Callable[[], Array] | None = None
 
     def latents(self) -> Array:
         y = np.asarray(self.build(), dtype=np.float64)
@@ -31,6 +32,17 @@ class Case:
     def source_of(self, dim: int) -> str | Array:
         """What ``distot.solve`` takes as source; "array" is a mixture of two normal clouds."""
         return mixture(dim) if self.source == "array" else self.source
+
+
+def gamma(n: int, shape: float) -> Array:
+    """Masses of a gamma law; half of those of shape 1 are below 0.7 of the mean, a hundredth below 0.01."""
+    found = np.random.default_rng(6).gamma(shape, size=n)
+    return found / found.sum()
+
+
+def lognormal(n: int, width: float) -> Array:
+    found = np.exp(width * np.random.default_rng(7).standard_normal(n))
+    return found / found.sum()
 
 
 def mixture(dim: int) -> Array:
@@ -107,4 +119,10 @@ def cases(n: int) -> list[Case]:
     others += [Case(f"normal, d = 3, {s}", partial(normal, n, 3), s) for s in sources]
     others += [Case(f"25 Gaussians, d = 2, {s}", partial(grid, n), s) for s in ("cube", "ball", "array")]
     others += [Case(f"one far atom, d = 16, {s}", partial(far_atom, n), s) for s in ("cube", "array")]
-    return gaussian + others
+    uneven = [
+        Case("normal, d = 2, gamma masses", partial(normal, n, 2), mass=partial(gamma, n, 2)),
+        Case("normal, d = 16, exponential masses", partial(normal, n, 16), mass=partial(gamma, n, 1)),
+        Case("patches, d = 32, lognormal masses", partial(patches, n, 32), mass=partial(lognormal, n, 1)),
+        Case("25 Gaussians, d = 2, exponential masses", partial(grid, n), mass=partial(gamma, n, 1)),
+    ]
+    return gaussian + others + uneven

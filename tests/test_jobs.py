@@ -98,6 +98,14 @@ def test_flows_of_three_kinds_of_pairs(tmp_path: Path) -> None:
     assert curvature[5] < 0.9 * curvature[3]
 
 
+def test_generators_by_minimisation(tmp_path: Path) -> None:
+    """What a moment of it comes to, for two sets at two costs; tests/test_models.py tells what it learns."""
+    said = run("-m", "jobs.critic", "--quick", folder=tmp_path).stdout
+    rows = [line.split() for line in said.splitlines() if " ± " in line]
+    assert [row[:2] for row in rows] == [[name, cost] for name in ("gaussians8", "digits") for cost in ("w2", "w1")]
+    assert all(0 < float(row[6]) < 5 for row in rows)
+
+
 def test_certify_again_and_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     distot.solve(np.random.default_rng(0).random((200, 2)), until_chi2=0.2, run=tmp_path / "run.zarr", progress=False)
     certify(str(tmp_path / "run.zarr"), 2, None, None)

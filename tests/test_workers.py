@@ -21,6 +21,7 @@ from distot.errors import InputError
 from distot.schedule import Options
 from distot.solution import Interrupted
 from distot.store import RowFile
+from jobs import aeot
 
 pytestmark = pytest.mark.usefixtures("ray_here")
 
@@ -115,3 +116,15 @@ def test_the_signal_reaches_all(tmp_path: Path) -> None:
         solved(Shape(2), run, Hand(0))
     assert 0 < caught.value.solution.samples < WORK
     assert_right(distot.resume(run, progress=False))
+
+
+def test_from_data_to_data(tmp_path: Path) -> None:
+    """The AE-OT job, its transport solved and its noise carried by workers: the data of one process."""
+    for folder, places in (("here", aeot.Places()), ("there", aeot.Places(workers=2))):
+        (tmp_path / folder).mkdir()
+        job = aeot.Job(tmp_path / folder, aeot.Settings.of("gaussians8", True, latent=3, epochs=2, size=1000), places)
+        for stage in (job.train, job.encode, job.solve, job.generate, job.decode):
+            stage()
+    here, there = (np.load(tmp_path / folder / "images.npy") for folder in ("here", "there"))
+    assert here.shape == there.shape
+    assert np.quantile(np.abs(here - there), 0.999) < 1e-3
