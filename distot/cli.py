@@ -37,12 +37,12 @@ from distot.arguments import (
     parse_count,
     parse_goal,
 )
-from distot.console import err, out, print_json, report, say, speak
-from distot.errors import DistotError, DistotWarning, InputError
+from distot.console import err, execute, out, print_json, report, say, speak
+from distot.errors import DistotWarning, InputError
 from distot.ingest import ingest as ingest_store
 from distot.inspect import describe
 from distot.plan import parse_machines, plan, table
-from distot.solution import Interrupted, Solution
+from distot.solution import Solution
 from distot.source import Ball, Cube, Gaussian, Sphere
 from distot.store import Place, as_place, open_latents
 
@@ -56,9 +56,6 @@ app = typer.Typer(
     "  distot certify run.zarr",
 )
 GOAL, BUDGET = 0, 3
-
-# typer uses the package click or one of its own, by version; BadParameter, which it always exports, leads to either
-UsageError: Any = typer.BadParameter.__mro__[1]
 
 
 @app.command()
@@ -398,29 +395,9 @@ def _finish(solution: Solution, run: Place, as_json: bool) -> int:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point: runs a command and exits with its code; errors are one sentence, never a traceback."""
+    """Entry point: runs a command and exits with its code."""
     warnings.simplefilter("ignore", DistotWarning)  # notes are printed already
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    code: Any = 1
-    try:
-        command = typer.main.get_command(app)
-        # app() itself would turn Interrupted, as it does any KeyboardInterrupt, into 130 without a word
-        with command.make_context("distot", given or ["--help"]) as context:
-            code = command.invoke(context)
-    except typer.Exit as done:
-        code = done.exit_code
-    except Interrupted as interrupted:
-        err.print(str(interrupted), soft_wrap=True)
-        code = 128 + interrupted.signal
-    except KeyboardInterrupt:
-        err.print("stopped at once; the run, if it has begun, is as of its last checkpoint")
-        code = 130
-    except UsageError as error:
-        where = error.ctx.command_path if error.ctx else "distot"
-        say("error", "red", f"{error.format_message().rstrip('.')}; see {where} --help")
-    except (DistotError, OSError) as error:
-        say("error", "red", str(error))
-    sys.exit(code)
+    execute(app, "distot", list(sys.argv[1:] if arguments is None else arguments) or ["--help"])
 
 
 if __name__ == "__main__":

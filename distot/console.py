@@ -3,16 +3,55 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
 
+import typer
 from rich.console import Console
 from rich.text import Text
 
-from distot.solution import Solution
+from distot.errors import DistotError
+from distot.solution import Interrupted, Solution
 from distot.store import Place
 
 # text is printed as it is: [brackets] and :colons: belong to paths
 out, err = (Console(stderr=stderr, highlight=False, markup=False, emoji=False) for stderr in (False, True))
+
+# typer uses the package click or one of its own, by version; BadParameter, which it always exports, leads to either
+UsageError: Any = typer.BadParameter.__mro__[1]
+
+
+def execute(app: typer.Typer, name: str, given: list[str]) -> NoReturn:
+    """Runs a command and exits with its code; errors are one sentence, never a traceback."""
+    code: Any = 1
+    try:
+        command = typer.main.get_command(app)
+        # app() itself would turn Interrupted, as it does any KeyboardInterrupt, into 130 without a word
+        with command.make_context(name, given) as context:
+            code = command.invoke(context)
+    except typer.Exit as done:
+        code = done.exit_code
+    except Interrupted as interrupted:
+        err.print(str(interrupted), soft_wrap=True)
+        code = 128 + interrupted.signal
+    except KeyboardInterrupt:
+        err.print("stopped at once; the run, if it has begun, is as of its last checkpoint")
+        code = 130
+    except UsageError as error:
+        where = error.ctx.command_path if error.ctx else name
+        say("error", "red", f"{error.format_message().rstrip('.')}; see {where} --help")
+    except (DistotError, OSError) as error:
+        say("error", "red", str(error))
+    sys.exit(code)
+
+
+def start(main: Callable[..., None]) -> NoReturn:
+    """Runs a module whose one command is ``main``; its arguments are the options."""
+    app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
+    app.command()(main)
+    spec = sys.modules["__main__"].__spec__
+    execute(app, f"python -m {spec.name}" if spec else sys.argv[0], sys.argv[1:])
 
 
 def speak(event: dict[str, Any]) -> None:

@@ -29,6 +29,7 @@ import typer
 
 import distot
 from distot.arguments import RayAddress, Seconds, Workers, parse_goal
+from distot.console import start
 from distot.errors import InputError
 from distot.inspect import describe
 from distot.models import Autoencoder, Data, Epoch, Judge, Spec, Training, load, train
@@ -292,9 +293,4 @@ def main(
 
 
 if __name__ == "__main__":
-    app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
-    app.command()(main)
-    try:
-        app()
-    except distot.DistotError as error:
-        raise SystemExit(f"error: {error}") from None
+    start(main)

@@ -13,6 +13,7 @@ import numpy as np
 import typer
 
 import distot
+from distot.console import start
 from jobs.demo import say
 
 
@@ -36,6 +37,4 @@ def main(
 
 
 if __name__ == "__main__":
-    app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
-    app.command()(main)
-    app()
+    start(main)

@@ -15,6 +15,7 @@ import typer
 
 import distot
 from distot.arguments import Count, RayAddress, Seconds, Workers, parse_goal
+from distot.console import start
 from distot.store import as_place
 from jobs.demo import say
 
@@ -50,6 +51,4 @@ def main(
 
 
 if __name__ == "__main__":
-    app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
-    app.command()(main)
-    app()
+    start(main)

@@ -23,6 +23,7 @@ import typer
 from torch import Tensor, nn
 
 import distot
+from distot.console import start
 from distot.models import Critic, Data, Estimate, Judge, Scores, load
 from distot.models.autoencoder import dense
 from distot.models.datasets import floats
@@ -150,6 +151,4 @@ def main(
 
 
 if __name__ == "__main__":
-    app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
-    app.command()(main)
-    app()
+    start(main)

@@ -16,6 +16,7 @@ from rich.console import Console
 
 import distot
 from distot.cli import main as command
+from distot.console import start
 from jobs.patches import patches
 
 console = Console(highlight=False)
@@ -82,6 +83,4 @@ def main(
 
 
 if __name__ == "__main__":
-    app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
-    app.command()(main)
-    app()
+    start(main)

@@ -24,6 +24,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 import distot
+from distot.console import start
 from jobs.demo import say
 
 BATCH, WIDTH, RATE = 256, 128, 2e-3
@@ -190,6 +191,4 @@ def main(
 
 
 if __name__ == "__main__":
-    app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
-    app.command()(main)
-    app()
+    start(main)

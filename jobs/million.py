@@ -15,6 +15,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
+from distot.console import start
 from jobs.demo import run, say
 from jobs.patches import patches
 from jobs.solve import main as solve
@@ -41,6 +42,4 @@ def main(
 
 
 if __name__ == "__main__":
-    app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
-    app.command()(main)
-    app()
+    start(main)

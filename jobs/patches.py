@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from sklearn.datasets import load_sample_images
 from sklearn.decomposition import PCA
 
+from distot.console import start
+
 SIDE = 8
 
 
@@ -54,6 +56,4 @@ def main(
 
 
 if __name__ == "__main__":
-    app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
-    app.command()(main)
-    app()
+    start(main)

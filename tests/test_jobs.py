@@ -106,6 +106,12 @@ def test_generators_by_minimisation(tmp_path: Path) -> None:
     assert all(0 < float(row[6]) < 5 for row in rows)
 
 
+def test_errors_of_jobs_are_one_sentence(tmp_path: Path) -> None:
+    done = run("-m", "jobs.certify", "none.zarr", folder=tmp_path, code=1)
+    assert done.stderr.startswith("error: none.zarr does not exist")
+    assert "Traceback" not in done.stderr
+
+
 def test_certify_again_and_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     distot.solve(np.random.default_rng(0).random((200, 2)), until_chi2=0.2, run=tmp_path / "run.zarr", progress=False)
     certify(str(tmp_path / "run.zarr"), 2, None, None)
