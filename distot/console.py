@@ -1,4 +1,4 @@
-"""What the commands print: reports, messages, events, JSON."""
+"""What the commands print, and how they end: reports, messages, events, JSON, exit codes."""
 
 from __future__ import annotations
 
