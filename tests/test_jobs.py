@@ -98,14 +98,6 @@ def test_flows_of_three_kinds_of_pairs(tmp_path: Path) -> None:
     assert curvature[5] < 0.9 * curvature[3]
 
 
-def test_generators_by_minimisation(tmp_path: Path) -> None:
-    """What a moment of it comes to, for two sets at two costs; tests/test_models.py tells what it learns."""
-    said = run("-m", "jobs.critic", "--quick", folder=tmp_path).stdout
-    rows = [line.split() for line in said.splitlines() if " ± " in line]
-    assert [row[:2] for row in rows] == [[name, cost] for name in ("gaussians8", "digits") for cost in ("w2", "w1")]
-    assert all(0 < float(row[6]) < 5 for row in rows)
-
-
 def test_errors_of_jobs_are_one_sentence(tmp_path: Path) -> None:
     done = run("-m", "jobs.certify", "none.zarr", folder=tmp_path, code=1)
     assert done.stderr.startswith("error: none.zarr does not exist")
