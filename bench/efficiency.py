@@ -142,9 +142,10 @@ def row(name: str, found: Row) -> str:
 
 
 def known() -> dict[str, Row]:
-    """What the report has, by problem."""
+    """What the report has, if there is one, by problem."""
     found: dict[str, Row] = {}
-    for line in (REPORTS / "efficiency.md").read_text().splitlines():
+    report = REPORTS / "efficiency.md"
+    for line in report.read_text().splitlines() if report.exists() else ():
         match [cell.strip() for cell in line.strip("|").split("|")]:
             case [name, count, distot, empty, pot, ott] if " / " in ott:
                 n = int(count.replace(",", ""))
@@ -160,7 +161,7 @@ def _read(cell: str, n: int, empty: int = 0) -> Result:
 
 
 def compare(case: Case, kept: dict[str, Row]) -> Row:
-    """Results on a problem; those of peers that are known already are kept."""
+    """Results on a problem; those of peers that are known already for as many atoms are kept."""
     y = case.latents()
     mass = np.full(len(y), 1 / len(y)) if case.mass is None else case.mass()
     problem = build_problem(y, case.source_of(y.shape[1]), mass)
@@ -171,7 +172,7 @@ def compare(case: Case, kept: dict[str, Row]) -> Row:
         "POT": partial(theirs, problem, y, [pot]),
         "OTT": partial(theirs, problem, y, ott),
     }
-    if case.name in kept:
+    if case.name in kept and kept[case.name].n == len(y):
         runs |= {name: partial(kept[case.name].results.__getitem__, name) for name in ("POT", "OTT")}
     return Row(len(y), {name: run() for name, run in runs.items()})
 

@@ -110,7 +110,7 @@ def count(near: Winners, split: Split, temperature: float | Tensor | None = None
 
 
 def narrowing(state: State, split: Split) -> Tensor | None:
-    """What smoothing is multiplied by at each of all atoms (n,): the root of its margin over tau, by (16).
+    """What smoothing is multiplied by at each of all atoms (n,): the root of its margin over tau, by (14).
 
     None before the first step, when nothing is known of margins.
     """
