@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +109,7 @@ def new_case(latents: object, source: object, mass: NDArray[Any] | None, options
     """The case of what a user gives. Raises InputError or StoreError for what cannot be used."""
     rows = as_rows(latents)
     if isinstance(source, Path | Url) or (isinstance(source, str) and source.endswith(".zarr")):
-        source = open_latents(source)[:]
+        source = open_latents(source)
     problem = _problem(rows, source, mass, options, room)
     search = assign.over(problem, options.assigner, options.recall)
     start.check_sight(problem, search)
@@ -179,9 +179,10 @@ def _problem(rows: Rows, source: object, mass: Any, options: Options, room: Room
     if mass is None and isinstance(rows, Latents):
         mass = rows.mass
     given = options.seed, options.device, room.grid, room.cache, options.memory, options.cost
-    problem = build_problem(rows, source, mass, *given)
+    problem = build_problem(rows, source[:] if isinstance(source, Latents) else source, mass, *given)
     if options.exact:
         exact.check(problem.source, problem.grid.world.size)
     if isinstance(rows, Latents) and rows.fingerprint not in (None, problem.target.fingerprint):
         raise StoreError(f"{rows.path} has changed since it was written (its fingerprint differs); ingest it again")
-    return problem
+    notes = tuple(note for its in (rows, source) if isinstance(its, Latents) for note in its.notes)
+    return replace(problem, target=replace(problem.target, notes=notes + problem.target.notes)) if notes else problem

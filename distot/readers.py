@@ -230,7 +230,7 @@ def _zarr(path: Place, wanted: Wanted) -> Reader:
 
     dtype = "bfloat16" if latents.bfloat16 else latents.dtype.name
     name = str(path) if wanted.key is None else f"{path}: {wanted.key}"
-    return Reader(name, latents.shape, dtype, blocks, mass=latents.mass)
+    return Reader(name, latents.shape, dtype, blocks, latents.notes, mass=latents.mass)
 
 
 # -------------------------------------------------------------------------------------------- parquet

@@ -19,8 +19,9 @@ import safetensors.torch
 import torch
 import zarr
 
+import distot
 from distot import readers as module
-from distot.errors import DistotError, InputError, StoreError
+from distot.errors import DistotError, DistotWarning, InputError, StoreError
 from distot.fingerprint import Fingerprint
 from distot.ingest import ingest
 from distot.store import new_latents, open_latents
@@ -407,6 +408,21 @@ def test_masses_that_cannot_be_used_are_refused(tmp_path: Path, out: Path) -> No
 
 
 # ---------------------------------------------------------------------------------- missing and damaged
+
+
+@pytest.mark.parametrize("layout", [{}, {"shards": (128, D)}, {"zarr_format": 2}])
+def test_chunks_of_a_foreign_zarr_that_are_not_there_are_counted(tmp_path: Path, out: Path, layout: Any) -> None:
+    z = np.ones((200, D), "f4")
+    zarr.create_array(tmp_path / "a.zarr", shape=z.shape, dtype="f4", chunks=(64, D), fill_value=0, **layout)[:] = z
+    assert ingest(tmp_path / "a.zarr", out / "whole.zarr").notes == ()
+    chunks = sorted(its for its in (tmp_path / "a.zarr").rglob("*") if its.name[0].isdigit() and its.is_file())
+    chunks[0].unlink()
+    (note,) = ingest(tmp_path / "a.zarr", out / "l.zarr").notes
+    assert note.startswith("1 chunks of")
+    with pytest.warns(DistotWarning) as told:
+        solution = distot.solve(tmp_path / "a.zarr", max_samples=64, until_chi2=None, progress=False)
+    assert note in solution.notes
+    assert note in [str(its.message) for its in told]
 
 
 def test_a_missing_source_or_unknown_format_is_refused(tmp_path: Path, out: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from types import EllipsisType
 from typing import Any
@@ -16,6 +18,7 @@ from zarr.codecs import Crc32cCodec
 from distot.errors import StoreError
 from distot.store.places import Place, sizes, zarr_store
 
+CHUNK_NAME = re.compile(r"(?:c[/.])?(\d+(?:[/.]\d+)*)")  # of a stored object, in zarr 2 and 3
 VECTOR_CHUNK = 1 << 20  # values in a chunk of a vector: 8 MiB of float64
 
 Arrays = dict[str, NDArray[Any]]
@@ -104,3 +107,15 @@ def check_complete(path: Place, *arrays: zarr.Array[Any]) -> None:
                 raise StoreError(
                     f"{path / name} is missing or empty; restore this file from a copy, or ingest the latents again"
                 )
+
+
+def missing_chunks(path: Place, array: zarr.Array[Any]) -> int:
+    """Stored objects that the array at ``path`` lacks: zarr reads its fill value there, be it meant or a file lost."""
+    grid = [-(-n // max(1, step)) for n, step in zip(array.shape, array.shards or array.chunks, strict=True)]
+    found = set()
+    for name, size in sizes(path).items():
+        if size and (match := CHUNK_NAME.fullmatch(name)):
+            place = tuple(int(digits) for digits in re.split("[/.]", match[1]))
+            if len(place) == len(grid) and all(i < n for i, n in zip(place, grid, strict=True)):
+                found.add(place)
+    return prod(grid) - len(found)

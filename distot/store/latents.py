@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from zarr.codecs import Crc32cCodec
 
 from distot.errors import InputError, StoreError
 from distot.fingerprint import Fingerprint
-from distot.store.arrays import check_complete, meaningful, open_node, read, readable, write_vector
+from distot.store.arrays import check_complete, meaningful, missing_chunks, open_node, read, readable, write_vector
 from distot.store.files import need_space, new_folder
 from distot.store.places import Place, as_place, zarr_store
 
@@ -65,6 +66,19 @@ class Latents:
     @property
     def fingerprint(self) -> str | None:
         return self.attributes.get("fingerprint")
+
+    @cached_property
+    def notes(self) -> tuple[str, ...]:
+        """What its user should know: chunks of an array from elsewhere that are not there, which zarr does not mind."""
+        if self.attributes.get("format") == FORMAT:  # was checked when it was opened
+            return ()
+        missing = missing_chunks(self.path, self.array)
+        fill = f"{self.array.fill_value!s}" if missing else ""
+        note = (
+            f"{missing:,} chunks of {self.path} are not stored, and are read as {fill}, its fill value; if that is not "
+            "meant, the copy is not complete: copy it again"
+        )
+        return (note,) if missing else ()
 
 
 class HeldRows:
