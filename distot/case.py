@@ -22,6 +22,7 @@ from distot.atoms import Rows
 from distot.certify import Certificate
 from distot.errors import InputError, StoreError
 from distot.grid import Grid
+from distot.identity import belongs, heights_of
 from distot.problem import Problem, build_problem
 from distot.schedule import Options
 from distot.solution import Facts, Held, Solution, describe
@@ -77,15 +78,19 @@ class Case:
 
     def keep(self, certificate: Certificate, progress: Progress) -> None:
         """Writes the certificate of these heights to the run folder, if there is one."""
-        if self.run is not None and self.problem.grid.leads:
-            self.run.save_json("certificate.json", certificate.to_dict() | {"step": progress.state.step})
+        if self.run is None:
+            return
+        of = {"step": progress.state.step, "heights": heights_of(self.problem, progress.state.average)}
+        if self.problem.grid.leads:
+            self.run.save_json("certificate.json", certificate.to_dict() | of)
 
     def kept(self, progress: Progress) -> Certificate | None:
         """The certificate in the run folder, if it is that of these heights."""
         stored = None if self.run is None else self.run.load_json("certificate.json")
-        if stored is None or stored.pop("step") != progress.state.step:
+        heights = heights_of(self.problem, progress.state.average)
+        if stored is None or not belongs(stored, progress.state.step, heights):
             return None
-        return Certificate(**stored)
+        return Certificate(**{name: value for name, value in stored.items() if name not in ("step", "heights")})
 
     @property
     def checkpoint_bytes(self) -> int:

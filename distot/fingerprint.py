@@ -46,3 +46,15 @@ def combined(shape: tuple[int, ...], dtype: np.dtype[Any], digests: list[bytes])
     for digest in digests if shape[0] % ROWS else [*digests, hashlib.sha256().digest()]:
         total.update(digest)
     return total.hexdigest()
+
+
+def hashed(values: NDArray[Any]) -> str:
+    """A short content hash of an array: of its shape, its dtype and its values."""
+    little = np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<"))
+    about = f"{values.shape} {little.dtype.str}".encode()
+    return hashlib.sha256(about + little.tobytes()).hexdigest()[:32]
+
+
+def hashed_heights(average: NDArray[Any]) -> str:
+    """The hash of heights (n,) of all atoms, by which certificates, cells and rows know them again."""
+    return hashlib.sha256(np.ascontiguousarray(average).data).hexdigest()[:32]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from distot.identity import belongs
 from distot.progress import duration
-from distot.store import Place, Run, as_place, explained, open_latents
+from distot.store import Dropped, Place, Run, as_place, explained, open_latents
 
 
 def describe(path: str | Place) -> dict[str, Any]:
@@ -53,6 +54,10 @@ def _run(path: Place) -> dict[str, Any]:
     if checkpoint is None:
         return facts | {"state": "no checkpoint yet", "next": f"distot resume {path}"}
     scalars = checkpoint.scalars
+    try:
+        heights = checkpoint.heights
+    except Dropped:
+        return _run(path)  # a writer has replaced it by newer ones meanwhile
     facts |= {
         "state": scalars["reason"] or "unfinished",
         "checkpoint": checkpoint.name,
@@ -65,9 +70,9 @@ def _run(path: Place) -> dict[str, Any]:
         last = scalars["history"][-1]
         facts["last_look"] = f"chi2 {last['chi2']:.4f} ± {last['error']:.4f} at {last['samples']:,} samples"
     facts["time_spent"] = _spent(run)
-    facts["cells"] = _cells(run, scalars["step"])
+    facts["cells"] = _cells(run, heights)
     certificate = run.load_json("certificate.json")
-    if certificate is not None and certificate["step"] == scalars["step"]:
+    if certificate is not None and belongs(certificate, scalars["step"], heights):
         facts["certificate"] = f"chi2 {certificate['chi2']:.4f} ± {certificate['chi2_error']:.4f}"
         facts["w2_squared_bound" if facts["cost"] == "quadratic" else "cost_bound"] = (
             f"{certificate['w2_squared_bound']:.6g} ± {certificate['w2_squared_bound_error']:.2g}"
@@ -89,9 +94,9 @@ def _spent(run: Run) -> str:
     return f"{duration(sum(seconds))} in {len(seconds)} session{'' if len(seconds) == 1 else 's'}"
 
 
-def _cells(run: Run, step: int) -> str:
+def _cells(run: Run, heights: str) -> str:
     """What is known of the cells, if it is that of the newest heights."""
     saved = run.cells.load()
-    if saved is None or saved.scalars["step"] != step:
+    if saved is None or saved.scalars.get("heights") != heights:
         return "not measured"
     return f"measured with {saved.scalars['samples']:,} samples"

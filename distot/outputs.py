@@ -6,6 +6,7 @@ Legend: B samples, d dimension.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -13,16 +14,32 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.lib.format import open_memmap
+import torch
 from numpy.typing import NDArray
 
 from distot.atoms import ROWS, Rows
 from distot.case import Room, locked
+from distot.cells import Sums
 from distot.errors import InputError
+from distot.fingerprint import hashed
 from distot.generate import Generated, Mixing
+from distot.problem import Problem
 from distot.solution import stored_sums
-from distot.store import Place, RowWriter, Run, Url, new_file, new_rows, open_latents, read_npy
+from distot.store import (
+    Place,
+    RowWriter,
+    Run,
+    Url,
+    check_out,
+    new_npy,
+    new_rows,
+    open_latents,
+    read_npy,
+)
 from distot.work import Load, Opened, Task
+
+Write = Callable[[NDArray[Any], NDArray[np.int64]], None]
+"""Takes the next samples (B, d) and their latents (B,)."""
 
 
 def _samples(samples: Place | NDArray[Any]) -> Rows:
@@ -46,13 +63,15 @@ class AssignFile(Opened):
     out: Place = field(kw_only=True)
 
     def __call__(self, room: Room) -> int:
-        rows, out = _samples(self.samples), self.out
+        check_out(self.out, *self.reads(), self.samples, goes_on=self.out.suffix != ".npy")
+        rows = _samples(self.samples)
         solution = Load(self.run, self.source, self.latents, self.changes)(room)
-        about = {"rows of": "latents", "run": str(self.run), "latents": solution.problem.target.fingerprint}
-        about["samples"] = str(self.samples) if isinstance(self.samples, Path | Url) else "from memory"
-        with _index_file(out, rows.shape[0], about, room) as (begin, write):
+        if rows.shape[0] < 1 or rows.shape[1] != solution.facts.shape[1]:
+            raise InputError(f"samples must have shape (B, {solution.facts.shape[1]}), B >= 1, not {tuple(rows.shape)}")
+        with _index_file(self.out, rows, solution.decided(), room) as (begin, write):
             for first in range(begin, rows.shape[0], ROWS):
-                write(solution.assign(np.array(rows[first : first + ROWS])))
+                x = np.array(rows[first : first + ROWS])
+                write(x, solution.assign(x))
         return int(rows.shape[0])
 
     def again(self) -> Task:
@@ -60,28 +79,39 @@ class AssignFile(Opened):
 
 
 @contextmanager
-def _index_file(
-    out: Place, rows: int, about: dict[str, Any], room: Room
-) -> Iterator[tuple[int, Callable[[NDArray[np.int64]], None]]]:
-    """Where to go on, and what takes the numbers of the next rows; the first process writes them."""
-    if out.suffix != ".npy":
-        with new_rows(out, rows, {"index": ("int64", None)}, about) if room.grid.leads else nullcontext() as writer:
-            begin = room.grid.world.objects(writer.written if writer is not None else 0)[0]
-            yield begin, lambda found: None if writer is None else writer.write({"index": found})
+def _index_file(out: Place, rows: Rows, about: dict[str, Any], room: Room) -> Iterator[tuple[int, Write]]:
+    """Where to go on, and what takes the next samples and their latents; the first process writes them."""
+    count, leads = rows.shape[0], room.grid.leads
+    if out.suffix == ".npy":
+        with new_npy(out, (count,), np.int64) if leads else nullcontext() as put:
+            yield 0, lambda x, found: None if put is None else put(found)
         return
-    with new_file(out) if room.grid.leads else nullcontext() as partial:
-        file = None if partial is None else open_memmap(partial, "w+", np.int64, (rows,))
-        done = 0
+    about = {"rows of": "latents"} | about
+    with new_rows(out, count, {"index": ("int64", None)}, about) if leads else nullcontext() as writer:
+        seen = None if writer is None else _seen(rows, writer)
+        begin = room.grid.world.objects(0 if writer is None else writer.written)[0]
 
-        def write(found: NDArray[np.int64]) -> None:
-            nonlocal done
-            if file is not None:
-                file[done : done + len(found)] = found
-            done += len(found)
+        def write(x: NDArray[Any], found: NDArray[np.int64]) -> None:
+            while writer is not None and seen is not None and len(found):
+                part = slice(0, writer.left)
+                seen.update(np.ascontiguousarray(x[part]).tobytes())
+                writer.write({"index": found[part]}, {"samples": seen.hexdigest()})
+                x, found = x[part.stop :], found[part.stop :]
 
-        yield 0, write
-        if file is not None:
-            file.flush()
+        yield begin, write
+
+
+def _seen(rows: Rows, writer: RowWriter) -> Any:
+    """The hash of the samples whose latents are written. Raises InputError if these are others."""
+    seen = hashlib.sha256(f"{rows.dtype.newbyteorder('<').str} {tuple(rows.shape)}".encode())
+    for first in range(0, writer.written, ROWS):
+        seen.update(np.ascontiguousarray(rows[first : min(first + ROWS, writer.written)]).tobytes())
+    if writer.written and writer.state.get("samples") != seen.hexdigest():
+        raise InputError(
+            f"{writer.path} holds the latents of {writer.written:,} samples, and these samples are others; give those, "
+            f"choose another name, or delete {writer.path}"
+        )
+    return seen
 
 
 @dataclass(frozen=True)
@@ -108,17 +138,20 @@ class Generate(Opened):
     seed: int | None = field(kw_only=True)
 
     def __call__(self, room: Room) -> Made:
+        check_out(self.out, *self.reads(), goes_on=True)
         folder = Run(self.run)
         case, remarks, found = self.begun(folder, room)
         solution, problem, world = case.solution(found, remarks), case.problem, room.grid.world
         solution.quadratic_only("generation")
-        if stored_sums(folder, problem, found.state.step) is None:
+        decided, sums = solution.decided(), stored_sums(folder, solution.held)
+        if sums is None:
             sums = solution.sums()
             with locked(folder, room):
                 kept = {"step": found.state.step, "samples": sums.samples, "orbits": sums.orbits}
+                kept |= {"heights": decided["heights"]}
                 folder.save_cells(found.state.step, sums.part(problem), kept, world)
         generator = solution.generator(self.mixing, self.seed)
-        about = {"rows of": "generated latents", "latents": problem.target.fingerprint, "step": found.state.step}
+        about = {"rows of": "generated latents"} | decided | {"cells": _cells(problem, sums)}
         about |= {"seed": generator.seed, "mixing": asdict(self.mixing), "threshold": generator.threshold}
         columns = {"z": ("float32", problem.target.dim), "index": ("int64", None)}
         with new_rows(self.out, self.n, columns, about) if room.grid.leads else nullcontext() as writer:
@@ -139,6 +172,12 @@ class Generate(Opened):
 
     def again(self) -> Task:
         return self
+
+
+def _cells(problem: Problem, sums: Sums) -> str:
+    """A hash of what was measured of the cells of all atoms."""
+    own = torch.from_numpy(np.stack([sums.total, sums.cost], axis=1))
+    return f"{sums.samples} {hashed(problem.target.split.gather(own).numpy())}"
 
 
 def _write(writer: RowWriter, block: Generated, state: dict[str, Any], end: int) -> None:

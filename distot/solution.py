@@ -23,6 +23,7 @@ from distot.errors import InputError
 from distot.exact import ExactCells, exact_cells
 from distot.generate import Generated, Generator, Mixing
 from distot.grid import Axis
+from distot.identity import heights_of, map_of
 from distot.power import Array, heights_to_weights
 from distot.problem import Problem
 from distot.schedule import Check, Options
@@ -234,11 +235,11 @@ class Solution:
 
     def sums(self, samples: int | None = None) -> Sums:
         """What ``cells`` is made of; without a number of samples, those of the run folder or of an earlier call."""
-        held, step = self.held, self.held.progress.state.step
+        held = self.held
         if samples is not None:
             return measure(held.problem, held.assigner, held.progress.state.average, samples)
         if self._sums is None and self.run is not None:
-            self._sums = stored_sums(self.run, held.problem, step)
+            self._sums = stored_sums(self.run, held)
         if self._sums is None:
             self._sums = self.sums(default_samples(held.problem.target.n))
         return self._sums
@@ -269,6 +270,12 @@ class Solution:
         held = self.held
         seed = held.problem.seed if seed is None else seed
         return Generator(held.problem, held.assigner, held.progress.state.average, self.sums(), mixing, seed)
+
+    def decided(self) -> dict[str, Any]:
+        """All that decides the map, in values and short hashes, for who goes on with what it gave."""
+        held, rows = self.held, self.held.latents
+        mass = rows.mass if held.mass is None and isinstance(rows, Latents) else held.mass
+        return map_of(held.problem, mass, held.progress.state.average, self.options.epsilon)
 
     def quadratic_only(self, what: str) -> None:
         """Raises InputError at another cost."""
@@ -304,14 +311,17 @@ class Solution:
         with run.lock():
             run.save_checkpoint(progress.state.step, progress.part(held.problem), progress.scalars(), Axis())
             if self._certificate is not None:
-                run.save_json("certificate.json", self._certificate.to_dict() | {"step": progress.state.step})
+                of = {"step": progress.state.step, "heights": heights_of(held.problem, progress.state.average)}
+                run.save_json("certificate.json", self._certificate.to_dict() | of)
         return run.path
 
 
-def stored_sums(run: Run, problem: Problem, step: int) -> Sums | None:
-    """What a run folder holds on the cells of own atoms, if it is on the heights of this step."""
+def stored_sums(run: Run, held: Held) -> Sums | None:
+    """What a run folder holds on the cells of own atoms, if it is on these heights."""
+    problem = held.problem
     saved = run.cells.load(problem.grid.world)
-    return Sums.stored(saved, problem) if saved is not None and saved.scalars["step"] == step else None
+    heights = heights_of(problem, held.progress.state.average)
+    return Sums.stored(saved, problem) if saved is not None and saved.scalars.get("heights") == heights else None
 
 
 class Interrupted(KeyboardInterrupt):

@@ -25,7 +25,7 @@ from distot.progress import listener
 from distot.schedule import Options, StopRule
 from distot.solution import Interrupted, Solution
 from distot.solver import Progress
-from distot.store import Place, Run, Url, as_place, need_space, read_npy
+from distot.store import Place, Run, Url, as_place, need_space, read_npy, referred
 from distot.watch import Watch, signals
 
 
@@ -89,6 +89,11 @@ class Opened:
     def open(self, folder: Run, room: Room) -> tuple[Case, tuple[str, ...], Progress | None]:
         """As ``case.open_case``."""
         return open_case(folder, self.source, self.latents, self.changes, room)
+
+    def reads(self) -> tuple[object, ...]:
+        """Where the run and its latents are, which nothing may be written over."""
+        stored = self.latents is None and (self.run / "config.json").is_file()
+        return self.run, referred(Run(self.run).config["latents"], self.run) if stored else self.latents
 
     def begun(self, folder: Run, room: Room) -> tuple[Case, tuple[str, ...], Progress]:
         """The same. Raises StoreError if there is no checkpoint yet."""

@@ -21,7 +21,7 @@ from distot.errors import InputError
 from distot.exact import ExactCells
 from distot.planar import Uneven
 from distot.power import Array
-from distot.solution import Solution
+from distot.solution import Solution, stored_sums
 from distot.source import Key, Stream
 
 SHOWN, FLOWS = 3000, 260  # latents and samples of noise in a picture, at most
@@ -59,8 +59,7 @@ def measured(solution: Solution, samples: int | None, always: bool) -> tuple[Cel
     that is no great work, or asked for ``always``; None otherwise."""
     n, d = solution.problem.target.n, solution.problem.target.dim
     run = solution.run
-    saved = None if run is None else run.cells.load()
-    known = saved is not None and saved.scalars["step"] == solution.held.progress.state.step
+    known = run is not None and stored_sums(run, solution.held) is not None
     work = 2.0 * n * d * default_samples(n)
     if samples is None and not (known or always or work <= MOST_FLOPS):
         return None

@@ -9,6 +9,7 @@ from typing import Any
 
 from distot.certify import Certificate
 from distot.errors import StoreError
+from distot.identity import belongs
 from distot.schedule import Check, Options
 from distot.solution import REASONS
 from distot.store import Checkpoint, Place, Run
@@ -54,6 +55,7 @@ class Story:
     run: Run
     events: tuple[Event, ...]
     checkpoint: Checkpoint | None
+    heights: str  # their hash
     stored: dict[str, Any] | None  # certificate.json
     troubles: tuple[str, ...]  # what is damaged, each a sentence
 
@@ -126,10 +128,10 @@ class Story:
     @property
     def certificate(self) -> Certificate | None:
         """That of the newest heights."""
-        stored = self.stored
-        if stored is None or self.checkpoint is None or stored["step"] != self.checkpoint.scalars["step"]:
+        stored, found = self.stored, self.checkpoint
+        if stored is None or found is None or not belongs(stored, found.scalars["step"], self.heights):
             return None
-        return Certificate(**{name: value for name, value in stored.items() if name != "step"})
+        return Certificate(**{name: value for name, value in stored.items() if name not in ("step", "heights")})
 
     @cached_property
     def notes(self) -> tuple[tuple[str, str], ...]:
@@ -150,15 +152,16 @@ def read(path: Place) -> Story:
     if missing or set(run.config["options"]) - {field.name for field in fields(Options)}:
         raise StoreError(f"{path / 'config.json'} is damaged; this run cannot be read, start a new one")
     troubles: list[str] = []
-    checkpoint, stored = None, None
+    checkpoint, stored, heights = None, None, ""
     try:
         checkpoint = run.load_checkpoint()
+        heights = "" if checkpoint is None else checkpoint.heights
         troubles += checkpoint.remarks if checkpoint is not None else ()
     except StoreError as error:
         troubles.append(str(error))
     try:
         stored = run.load_json("certificate.json")
-        if stored is not None and set(stored) != {field.name for field in fields(Certificate)} | {"step"}:
+        if stored is not None and set(stored) - {"heights"} != {field.name for field in fields(Certificate)} | {"step"}:
             stored = None
             troubles.append(f"{path / 'certificate.json'} is damaged; delete it, distot certify makes it anew")
     except StoreError as error:
@@ -166,4 +169,4 @@ def read(path: Place) -> Story:
     events = run.records()
     if lines := [event["line"] for event in events if event["event"] == "damaged"]:
         troubles.append(f"{len(lines):,} lines of log.jsonl are damaged and left out, the first is line {lines[0]:,}")
-    return Story(run, tuple(e for e in events if e["event"] != "damaged"), checkpoint, stored, tuple(troubles))
+    return Story(run, tuple(e for e in events if e["event"] != "damaged"), checkpoint, heights, stored, tuple(troubles))

@@ -7,6 +7,7 @@ and both only after every byte below them has been flushed to disk.
 from distot.store.files import explained, need_space, new_file, read_npy
 from distot.store.latents import Latents, LatentsWriter, copy_latents, new_latents, open_latents
 from distot.store.lock import TakenOver
+from distot.store.out import check_out, fresh_file, new_npy, save_npy
 from distot.store.places import Opened, Place, Url, as_place, reference, referred
 from distot.store.rows import RowFile, RowWriter, new_rows
 from distot.store.runs import Run
@@ -26,14 +27,18 @@ __all__ = [
     "TakenOver",
     "Url",
     "as_place",
+    "check_out",
     "copy_latents",
     "explained",
+    "fresh_file",
     "need_space",
     "new_file",
     "new_latents",
+    "new_npy",
     "new_rows",
     "open_latents",
     "read_npy",
     "reference",
     "referred",
+    "save_npy",
 ]

@@ -6,6 +6,7 @@ import errno
 import os
 import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,6 +18,8 @@ from numpy.typing import NDArray
 
 from distot.errors import InputError, StoreError
 from distot.store.places import Place, Url
+
+SMALL_BYTES = 1 << 28  # files of JSON are smaller
 
 
 @contextmanager
@@ -41,6 +44,38 @@ def explained(doing: str, path: Place) -> Iterator[None]:
             errno.ENOENT: "no such file or folder; check the path",
         }.get(error.errno or 0, str(error))
         raise StoreError(f"cannot {doing} {path}: {remedy}") from error
+
+
+def check_plain(path: Place, links: bool = False) -> None:
+    """Raises StoreError for what is neither a file nor a folder: a pipe or device, and a link, unless ``links`` may be.
+
+    Nothing that lies in a run may lead out of it, or keep its reader waiting for ever. What is not there is plain.
+    """
+    if isinstance(path, Url):
+        return
+    try:
+        mode = path.stat().st_mode if links else path.lstat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        raise StoreError(f"{path} cannot be read: {error.strerror}") from error
+    if stat.S_ISLNK(mode):
+        raise StoreError(
+            f"{path} is a symbolic link, which distot does not follow there; put in its place what it names"
+        )
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise StoreError(f"{path} is no file but a pipe or device; delete it")
+
+
+def content(file: Place) -> bytes:
+    """What a small file of a run holds. Raises FileNotFoundError; StoreError if it is no plain file, or a large one."""
+    check_plain(file)
+    if isinstance(file, Url):
+        return file.read_bytes()
+    if file.stat().st_size > SMALL_BYTES:
+        raise StoreError(f"{file} is larger than any such file can be; it was not written by distot")
+    with explained("read", file):
+        return file.read_bytes()
 
 
 def flush(path: Path) -> None:
@@ -113,21 +148,46 @@ def new_folder(path: Place) -> Iterator[Place]:
 
 
 @contextmanager
-def new_file(path: Place) -> Iterator[Path]:
-    """A file of this machine to write, which gets its place when written."""
+def new_file(path: Place, over: bool = True) -> Iterator[Path]:
+    """A file of this machine to write, which gets its place when written; ``over`` one that is there, or not.
+
+    Two that write the same one do not meet: each has a file of its own, and one of these is put in place whole.
+    """
     with explained("write", path):
         if isinstance(path, Url):
             with tempfile.TemporaryDirectory(prefix="distot-") as folder:
                 file = Path(folder, path.name)
                 yield file
+                if not over and path.exists():
+                    raise _taken(path)
                 path.upload(file)
             return
-        partial = path.with_name(f".{path.name}.partial")
+        partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
         try:
             yield partial
-            partial.rename(path)
+            flush(partial)
+            if over:
+                partial.rename(path)
+            else:
+                _name(partial, path)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def _name(partial: Path, path: Path) -> None:
+    """Gives a file its name, if that is free: a link does so in one step, where the file system has any."""
+    try:
+        os.link(partial, path)
+    except FileExistsError:
+        raise _taken(path) from None
+    except OSError:
+        if path.exists():
+            raise _taken(path) from None
+        partial.rename(path)
+
+
+def _taken(path: Place) -> StoreError:
+    return StoreError(f"{path} was made by another process in the meantime; delete it first, or choose another name")
 
 
 def remove(folder: Place) -> None:

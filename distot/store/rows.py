@@ -228,9 +228,14 @@ def _check(found: RowFile, about: dict[str, Any], vectors: Arrays) -> None:
     """Raises InputError if the rows that are there were begun as others."""
     there = found.about | {name: found.kept[name] for name in ("rows", "columns", "vectors")}
     for name in sorted(set(about) | set(there)):
-        if about.get(name) != there.get(name):
+        if name not in there:
             raise InputError(
-                f"{found.path} was begun with {name} = {there.get(name)!r}, and not {about.get(name)!r}; go on as it "
+                f"{found.path} does not say of which {name} its rows are, so nobody can tell whether they are these; "
+                "choose another name, or delete it"
+            )
+        if about.get(name) != there[name]:
+            raise InputError(
+                f"{found.path} was begun with {name} = {there[name]!r}, and not {about.get(name)!r}; go on as it "
                 "was begun, choose another name, or delete it"
             )
     for name, values in vectors.items():

@@ -20,6 +20,7 @@ from zarr.core.buffer import Buffer
 from zarr.storage import WrapperStore
 
 from distot.errors import StoreError
+from distot.fingerprint import hashed_heights
 from distot.grid import Axis
 from distot.store.arrays import Arrays, load, write_vector
 from distot.store.files import explained, flush, flush_tree, remove, write_atomically
@@ -55,6 +56,11 @@ class Checkpoint:
     @property
     def name(self) -> str:
         return self.folder.name
+
+    @property
+    def heights(self) -> str:
+        """The hash of the heights of all atoms, by which what belongs to them knows them again."""
+        return hashed_heights(self.read("average", slice(0, sum(part["count"] for part in self.written))))
 
     def read(self, array: str, rows: slice) -> NDArray[Any]:
         """Values of a vector over all atoms, from whatever parts hold them. Raises StoreError if they are gone."""
