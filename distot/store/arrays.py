@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import lzma
 import re
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import prod
@@ -16,10 +18,17 @@ from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec
 
 from distot.errors import StoreError
+from distot.store.numbers import NumbersOnly
 from distot.store.places import Place, sizes, zarr_store
 
 CHUNK_NAME = re.compile(r"(?:c[/.])?(\d+(?:[/.]\d+)*)")  # of a stored object, in zarr 2 and 3
 VECTOR_CHUNK = 1 << 20  # values in a chunk of a vector: 8 MiB of float64
+
+DAMAGE = (
+    *(ArithmeticError, AssertionError, AttributeError, BufferError, EOFError, LookupError, OSError, RuntimeError),
+    *(TypeError, ValueError, lzma.LZMAError, zlib.error),
+)
+"""What zarr and its codecs raise for files that are damaged."""
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -33,15 +42,35 @@ def write_vector(group: zarr.Group, name: str, values: NDArray[Any]) -> None:
     array[...] = values
 
 
-def open_node(path: Place) -> zarr.Array[Any] | zarr.Group:
+def open_node(path: Place, foreign: bool = False, links: bool = False) -> zarr.Array[Any] | zarr.Group:
+    """Opens what distot has written, or any zarr if it may be ``foreign``; ``links`` as in ``NumbersOnly``.
+
+    Raises StoreError if there is none, its metadata is damaged, or it is an array of something else than numbers.
+    """
+    store = NumbersOnly(zarr_store(path, read_only=True), path, links)
     try:
         with meaningful(path):
-            return zarr.open(zarr_store(path), mode="r")
+            node = zarr.open(store, mode="r", zarr_format=None if foreign else 3)
+            if not foreign:
+                _raise(store.refused)
+            return node
     except FileNotFoundError:
+        _raise(store.refused)
         what = "is not a zarr store" if path.exists() else "does not exist"
         file = isinstance(path, Path) and path.is_file()
-        data, store = (path, f"{str(path).removesuffix(path.suffix)}.zarr") if file else ("DATA.npy", path)
-        raise StoreError(f"{path} {what}; make one with: distot ingest {data} {store}") from None
+        data, store_name = (path, f"{str(path).removesuffix(path.suffix)}.zarr") if file else ("DATA.npy", path)
+        raise StoreError(f"{path} {what}; make one with: distot ingest {data} {store_name}") from None
+
+
+def refusals(group: zarr.Group) -> dict[str, str]:
+    """Why some arrays of a group that was opened here are not in it, by their names."""
+    assert isinstance(group.store, NumbersOnly)
+    return group.store.refused
+
+
+def _raise(refused: dict[str, str]) -> None:
+    if refused:
+        raise StoreError(next(iter(refused.values())))
 
 
 @contextmanager
@@ -49,9 +78,9 @@ def meaningful(path: Place) -> Iterator[None]:
     """Turns what zarr says of damaged metadata into one sentence."""
     try:
         yield
-    except FileNotFoundError:
+    except (FileNotFoundError, StoreError):
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except DAMAGE as error:
         raise StoreError(
             f"a zarr.json in {path} is damaged ({type(error).__name__}: {error}); restore it, or make {path} anew"
         ) from error
@@ -69,21 +98,27 @@ def readable(array: zarr.Array[Any], path: Place) -> Iterator[None]:
         yield
     except StoreError:
         raise
-    except (ValueError, LookupError, TypeError, OSError) as error:
+    except DAMAGE as error:
         raise StoreError(f"{_culprit(array, path, error)}; restore it from a copy, or make it anew") from error
 
 
-def load(path: Place, rows: slice | EllipsisType = ...) -> NDArray[Any]:
+def load(path: Place, rows: slice | EllipsisType = ..., whole: bool = False) -> NDArray[Any]:
+    """Reads an array that distot has written, of which, if it is known to be ``whole``, no file is missing."""
     node = open_node(path)
     if not isinstance(node, zarr.Array):
         raise StoreError(f"{path} is not a zarr array; this folder was not written by distot")
+    if whole and node.dtype.kind == "f":  # zarr leaves out files of integers that are all 0
+        check_complete(path, node)
     return read(node, rows, path)
 
 
-def _pieces(array: zarr.Array[Any], path: Place) -> Iterator[tuple[slice, str]]:
+def _pieces(array: zarr.Array[Any], path: Place) -> Iterator[tuple[slice | EllipsisType, str]]:
     """Row ranges and names, from ``path``, of the stored objects of an array with default chunk keys."""
-    step = (array.shards or array.chunks)[0]
     folder = f"{array.basename}/" if array.basename and path.name != array.basename else ""
+    if not array.ndim:
+        yield ..., f"{folder}c"
+        return
+    step = (array.shards or array.chunks)[0]
     for i in range(-(-array.shape[0] // step)):
         yield slice(i * step, (i + 1) * step), "/".join([f"{folder}c", str(i), *["0"] * (array.ndim - 1)])
 
@@ -93,7 +128,7 @@ def _culprit(array: zarr.Array[Any], path: Place, error: Exception) -> str:
     for rows, name in _pieces(array, path):
         try:
             array[rows]
-        except (ValueError, LookupError, TypeError, OSError):
+        except DAMAGE:
             return f"{path / name} is damaged or cut short"
     return f"{path} cannot be read ({error})"
 

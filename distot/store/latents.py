@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import zarr
@@ -14,11 +15,27 @@ from zarr.codecs import Crc32cCodec
 
 from distot.errors import InputError, StoreError
 from distot.fingerprint import Fingerprint
-from distot.store.arrays import check_complete, meaningful, missing_chunks, open_node, read, readable, write_vector
+from distot.store.arrays import (
+    check_complete,
+    meaningful,
+    missing_chunks,
+    open_node,
+    read,
+    readable,
+    refusals,
+    write_vector,
+)
 from distot.store.files import need_space, new_folder
+from distot.store.forms import Form, Malformed, Text, check
 from distot.store.places import Place, as_place, zarr_store
 
 FORMAT, VERSION = "distot-latents", 1
+ATTRIBUTES: Form = {
+    "version": Annotated[int, (VERSION, VERSION)],
+    "dtype": Annotated[str, "b?float16|float32|float64"],
+    "fingerprint": Text,
+    "origin": str | None,
+}
 CHUNK_BYTES, CHUNKS_PER_SHARD = 2 << 20, 32
 
 
@@ -93,35 +110,56 @@ class HeldRows:
         return _from_bfloat16(values) if self.bfloat16 else values
 
 
-def open_latents(path: str | Place, array: str | None = None) -> Latents:
+def open_latents(path: str | Place, array: str | None = None, links: bool = True) -> Latents:
     """Opens a latents store, a group with one 2-D array, or a 2-D array (``array`` names one of several).
 
-    Raises StoreError if there is nothing readable, or a piece of a latents store is missing.
+    links: whether its files may be symbolic links to files. Raises StoreError if there is nothing readable, or a piece
+    of a latents store is missing.
     """
     path = as_place(path)
-    node = open_node(path)
+    node = open_node(path, foreign=True, links=links)
     if isinstance(node, zarr.Array):
         return Latents(path, node, None, {})
-    attributes = dict(node.attrs)
+    with meaningful(path), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Object at .* is not recognized")  # those that are refused
+        attributes, arrays = dict(node.attrs), dict(node.arrays())
     if attributes.get("format") == "distot-run":
         raise InputError(f"{path} is a run, not latents; give the latents it was solved for")
-    ours = attributes.get("format") == FORMAT
     if attributes.get("unfinished") and "written" in attributes:
         raise StoreError(f"{path} is not complete; the command that was writing it goes on when it is given again")
     if attributes.get("unfinished"):
         raise StoreError(f"{path} is not complete: it is being written, or its writer was killed; delete it")
-    with meaningful(path):
-        arrays = dict(node.arrays())  # those that zarr recognises
-        if ours:
-            found, mass = arrays["z"], arrays["mass"] if (path / "mass").exists() else None
-    if ours:
-        check_complete(path, *[found] if mass is None else [found, mass])
-        weights = None if mass is None else read(mass, ..., path)
-        return Latents(path, found, weights, attributes)
+    refused = refusals(node)
+    if attributes.get("format") == FORMAT:
+        return _own(path, arrays, refused, attributes)
     names = [array] if array else [name for name, a in arrays.items() if a.ndim == 2]
-    if len(names) != 1 or names[0] not in arrays:
-        raise InputError(f"{path} holds the arrays {sorted(arrays)}; name the one with the latents (--key)")
-    return Latents(path / names[0], arrays[names[0]], None, {})
+    if len(names) == 1 and names[0] in arrays:
+        return Latents(path / names[0], arrays[names[0]], None, {})
+    if refused and (array in refused or (array is None and not names)):
+        raise StoreError(refused[array or min(refused)])
+    raise InputError(f"{path} holds the arrays {sorted(arrays)}; name the one with the latents (--key)")
+
+
+def _own(path: Place, arrays: dict[str, zarr.Array[Any]], refused: dict[str, str], about: dict[str, Any]) -> Latents:
+    """A store that says that distot has written it. Raises StoreError if it is damaged."""
+    try:
+        check(about, ATTRIBUTES, others=True)
+        if refused:
+            raise Malformed(next(iter(refused.values())))
+        if "z" not in arrays or ("mass" not in arrays and (path / "mass").exists()):
+            raise Malformed(f"the array {'mass' if 'z' in arrays else 'z'} is missing")
+        z, mass = arrays["z"], arrays.get("mass")
+        stored = "uint16" if about["dtype"] == "bfloat16" else about["dtype"]
+        if z.ndim != 2 or str(z.dtype) != stored:
+            raise Malformed(f"z has shape {z.shape} and type {z.dtype}, where two axes and {stored} were announced")
+        if mass is not None and (mass.shape, str(mass.dtype)) != (z.shape[:1], "float64"):
+            raise Malformed(f"there are masses of shape {mass.shape} and type {mass.dtype} for {z.shape[0]:,} latents")
+    except Malformed as error:
+        raise StoreError(
+            f"a zarr.json in {path} is damaged: {error}; restore it, or ingest the latents again"
+        ) from error
+    check_complete(path, *[z] if mass is None else [z, mass])
+    return Latents(path, z, None if mass is None else read(mass, ..., path), about)
 
 
 class LatentsWriter:

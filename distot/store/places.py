@@ -238,11 +238,11 @@ def as_place(text: str | Path | Url) -> Place:
     return Path(text.removeprefix("file://")) if text.startswith("file://") else Url(text)
 
 
-def zarr_store(place: Place) -> Store:
+def zarr_store(place: Place, read_only: bool = False) -> Store:
     """For zarr, at this place."""
     if isinstance(place, Path):
-        return LocalStore(place)
-    return _Patient(_bucket(place.scheme, place.root, place.key))
+        return LocalStore(place, read_only=read_only)
+    return _Patient(_bucket(place.scheme, place.root, place.key), read_only=read_only)
 
 
 def sizes(place: Place) -> dict[str, int]:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import zarr
 from numpy.typing import NDArray
@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from distot.errors import StoreError
 from distot.grid import Axis
 from distot.store.arrays import Arrays, load, write_vector
-from distot.store.files import explained, new_folder, write_atomically
+from distot.store.files import check_plain, explained, new_folder, write_atomically
+from distot.store.forms import MOST, Count, Form, Malformed, Name, Real, Text, check, sealed, unsealed
 from distot.store.latents import copy_latents
 from distot.store.lock import Fence, writer
 from distot.store.log import Log, records
@@ -23,6 +24,31 @@ from distot.store.shelf import Checkpoint, Part, Shelf
 
 FORMAT, VERSION = "distot-run", 2
 KEEP = 2  # checkpoints kept in a run
+LOST = "this run cannot be continued, start a new one"
+
+CONFIG: Form = {
+    "format": Annotated[str, FORMAT],
+    "version": Annotated[int, (VERSION, VERSION)],
+    "distot": str,
+    "created": str,
+    "folder": Count | None,  # its number in the file system
+    "latents": Text,
+    "fingerprint": Text,
+    "shape": Annotated[list[Annotated[int, (1, MOST - 1)]], 2],
+    "mass": bool,
+    "masses": Text | None,  # a hash of those in effect, where they are not equal ones
+    "init": bool,
+    "source": dict[str, Any],
+    "source_arrays": list[Name],
+    "options": dict[str, float | str | bool | None],
+}
+SOURCE: Form = {"kind": Name}
+SHAPES: dict[str, Form] = {
+    "gaussian": {},
+    "cube": {"low": Real, "high": Real},
+    "ball": {"radius": Real},
+    "sphere": {"radius": Real},
+}
 
 
 class Run:
@@ -34,20 +60,7 @@ class Run:
         self._log = Log(self.path)
         self.checkpoints = Shelf(self.path, "checkpoints", "LATEST", KEEP)
         self.cells = Shelf(self.path, "cells", "LATEST_CELLS", 1)
-        file = self.path / "config.json"
-        with explained("read", self.path):
-            if not file.is_file():
-                what = "is not a run folder (it has no config.json)" if self.path.exists() else "does not exist"
-                raise StoreError(f"{self.path} {what}; start one with: distot solve LATENTS.zarr {self.path}")
-            text = file.read_bytes()
-        try:
-            self.config: dict[str, Any] = json.loads(text)
-        except ValueError as error:
-            raise StoreError(f"{file} is damaged ({error}); this run cannot be continued, start a new one") from error
-        if self.config.get("version") != VERSION:
-            raise StoreError(
-                f"{self.path} was written by distot {self.config.get('distot')}; read it with that version"
-            )
+        self.config = self._configuration()
 
     @classmethod
     def create(cls, path: str | Place, config: dict[str, Any], arrays: Arrays, latents: tuple[Any, Any] | None) -> Run:
@@ -60,7 +73,6 @@ class Run:
             raise StoreError(
                 f"{path} exists already; continue it with `distot resume {path}`, or choose another name for a new run"
             )
-        text = json.dumps({"format": FORMAT, "version": VERSION} | config, indent=2) + "\n"
         with new_folder(path) as folder:
             group = zarr.create_group(zarr_store(folder), attributes={"format": FORMAT, "version": VERSION})
             for name, values in arrays.items():
@@ -68,14 +80,48 @@ class Run:
             if latents is not None:
                 rows, mass = latents
                 copy_latents(rows, mass, folder / "latents.zarr", "copied from memory by distot.solve")
+            config = {"format": FORMAT, "version": VERSION} | config
             if isinstance(folder, Path):
                 (folder / "checkpoints").mkdir()
-            write_atomically(folder / "config.json", text)  # last: it makes a run of it
+                config["folder"] = folder.stat().st_ino
+                with writer(folder):  # where no lock can be had, nothing is left behind
+                    pass
+            write_atomically(folder / "config.json", _text(config))  # last: it makes a run of it
         return cls(path)
+
+    def _configuration(self) -> dict[str, Any]:
+        """What config.json says. Raises StoreError unless this is a run, of plain files, and that is sound."""
+        file = self.path / "config.json"
+        with explained("read", self.path):
+            if not file.is_file():
+                what = "is not a run folder (it has no config.json)" if self.path.exists() else "does not exist"
+                raise StoreError(f"{self.path} {what}; start one with: distot solve LATENTS.zarr {self.path}")
+            for entry in sorted(self.path.iterdir()) if isinstance(self.path, Path) else ():
+                check_plain(entry)
+        try:
+            config = unsealed(file)
+            if config.get("version") != VERSION and isinstance(config.get("distot"), str):
+                raise StoreError(f"{self.path} was written by distot {config['distot']}; read it with that version")
+            check(config, CONFIG)
+            check_source(config["source"], config["shape"][1])
+        except Malformed as error:
+            raise StoreError(f"{file} is damaged ({error}); {LOST}") from error
+        return config
+
+    def save_config(self, changes: dict[str, Any]) -> None:
+        """Replaces values of the configuration."""
+        self.config |= changes
+        self.save_json("config.json", self.config)
+
+    @property
+    def settled(self) -> bool:
+        """Whether this is the folder in which the run was written, and no copy of it: a folder has a number of its own,
+        which who makes a copy cannot know."""
+        return isinstance(self.path, Path) and self.config.get("folder") == self.path.stat().st_ino
 
     def array(self, name: str) -> NDArray[Any]:
         """An array stored with the configuration. Raises StoreError if it is missing or damaged."""
-        return load(self.path / name)
+        return load(self.path / name, whole=True)
 
     @contextmanager
     def lock(self, group: str | None = None) -> Iterator[None]:
@@ -99,17 +145,16 @@ class Run:
 
     def save_json(self, name: str, value: dict[str, Any]) -> None:
         with explained("write", self.path / name):
-            write_atomically(self.path / name, json.dumps(value, indent=2) + "\n")
+            write_atomically(self.path / name, _text(value))
 
     def load_json(self, name: str) -> dict[str, Any] | None:
         file = self.path / name
         try:
-            with explained("read", file):
-                text = file.read_bytes() if file.is_file() else b"null"
-            value: dict[str, Any] | None = json.loads(text)
-        except ValueError as error:
+            return unsealed(file)
+        except FileNotFoundError:
+            return None
+        except Malformed as error:
             raise StoreError(f"{file} is damaged ({error}); delete it, distot certify makes it anew") from error
-        return value
 
     def save_checkpoint(self, step: int, part: Part, scalars: dict[str, Any], world: Axis) -> str:
         """As ``Shelf.save``."""
@@ -122,6 +167,20 @@ class Run:
     def save_cells(self, step: int, part: Part, scalars: dict[str, Any], world: Axis) -> None:
         """What is known of the cells at a step, as ``Shelf.save``."""
         self.cells.save(step, part, scalars, world, self._fence)
+
+
+def _text(record: dict[str, Any]) -> str:
+    return json.dumps(sealed(record), indent=2) + "\n"
+
+
+def check_source(spec: dict[str, Any], dim: int) -> None:
+    """Raises Malformed unless this can be what a source of this dimension says of itself."""
+    check(spec, SOURCE, others=True)
+    if spec["kind"] in SHAPES:
+        check(spec, {"kind": str, "dim": Annotated[int, (dim, dim)], **SHAPES[spec["kind"]]})
+    for part in ("first", "second") if spec["kind"] == "product" else ():
+        check(spec, {part: dict[str, Any]}, others=True)
+        check(spec[part], SOURCE, others=True)
 
 
 def _open() -> None:
