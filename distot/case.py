@@ -22,12 +22,12 @@ from distot.atoms import Rows
 from distot.certify import Certificate
 from distot.errors import InputError, StoreError
 from distot.grid import Grid
-from distot.identity import belongs, heights_of
+from distot.identity import belongs, check_source, heights_of, masses_of
 from distot.problem import Problem, build_problem
 from distot.schedule import Options
-from distot.solution import Facts, Held, Solution, describe
+from distot.solution import Facts, Held, Solution, describe, problem_mass
 from distot.solver import Progress
-from distot.source import Source, from_spec
+from distot.source import Source, as_source, from_spec
 from distot.store import Dropped, Latents, Place, Run, Url, need_space, open_latents, reference, referred
 from distot.target import Cache
 from distot.watch import Event
@@ -102,7 +102,7 @@ class Case:
         rows = self.rows
         copies = copies or not isinstance(rows, Latents)
         latents = reference(rows.path, path) if isinstance(rows, Latents) and not copies else "latents.zarr"
-        config, arrays = describe(self.problem, self.options, latents, self.mass)
+        config, arrays = describe(self.problem, self.options, latents, self.mass, rows)
         config["init"] = self.init is not None
         arrays |= {} if self.init is None else {"init": self.init}
         n, d = rows.shape
@@ -130,10 +130,13 @@ def open_case(
     """
     run, config = folder.path, folder.config
     options = Options(**(config["options"] | changes))
+    arrays = {name: folder.array(f"source-{name}") for name in config["source_arrays"]}
     if source is None:
-        source = from_spec(config["source"], {k: folder.array(f"source-{k}") for k in config["source_arrays"]})
+        source = from_spec(config["source"], arrays)
     elif not isinstance(source, Source) and not callable(source):
         raise InputError(f"source must be the callable or distot.Source that the run began with, not {source!r}")
+    else:
+        check_source(as_source(source, config["shape"][1]), config["source"], arrays, str(run))
     if latents is None:
         stored = referred(config["latents"], folder.path)
         if not stored.exists():
@@ -143,6 +146,8 @@ def open_case(
     if list(rows.shape) != config["shape"]:
         raise InputError(f"{run} was solved for latents of shape {tuple(config['shape'])}, these are {rows.shape}")
     mass = folder.array("mass") if config["mass"] else None
+    if "masses" in config and config["masses"] != masses_of(problem_mass(mass, rows), rows.shape[0]):
+        raise InputError(f"{run} was solved for other masses of the latents; give it its own latents (--latents)")
     problem = _problem(rows, source, mass, options, room)
     if problem.target.fingerprint != config["fingerprint"]:
         raise InputError(f"{run} was solved for other latents (their fingerprint differs); give it its own (--latents)")

@@ -5,6 +5,7 @@ Legend: N latents, n atoms, d dimension.
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -58,7 +59,8 @@ def check_source(given: Source, spec: dict[str, Any], arrays: dict[str, NDArray[
 
     Of a callable its name is compared, and what it draws if that was stored.
     """
-    found, values = given.spec()
+    described, values = given.spec()
+    found = json.loads(json.dumps(described))
     for name in sorted(found.keys() | spec.keys()):
         if found.get(name) != spec.get(name):
             raise InputError(

@@ -23,13 +23,13 @@ from distot.errors import InputError
 from distot.exact import ExactCells, exact_cells
 from distot.generate import Generated, Generator, Mixing
 from distot.grid import Axis
-from distot.identity import heights_of, map_of
+from distot.identity import heights_of, map_of, masses_of
 from distot.power import Array, heights_to_weights
 from distot.problem import Problem
 from distot.schedule import Check, Options
 from distot.solver import Progress, entropic_part
 from distot.source import BLOCK
-from distot.store import Latents, Place, Run
+from distot.store import Latents, Place, Run, as_place, check_out
 
 REASONS = {
     "until_chi2": "the goal was reached: chi2 is below {until_chi2} with 95 % confidence",
@@ -274,7 +274,7 @@ class Solution:
     def decided(self) -> dict[str, Any]:
         """All that decides the map, in values and short hashes, for who goes on with what it gave."""
         held, rows = self.held, self.held.latents
-        mass = rows.mass if held.mass is None and isinstance(rows, Latents) else held.mass
+        mass = problem_mass(held.mass, rows)
         return map_of(held.problem, mass, held.progress.state.average, self.options.epsilon)
 
     def quadratic_only(self, what: str) -> None:
@@ -306,7 +306,8 @@ class Solution:
         Raises StoreError if ``path`` exists or cannot be written.
         """
         held, progress = self.held, self.held.progress
-        config, arrays = describe(held.problem, self.options, "latents.zarr", held.mass)
+        config, arrays = describe(held.problem, self.options, "latents.zarr", held.mass, held.latents)
+        check_out(as_place(path), None if self.run is None else self.run.path, getattr(held.latents, "path", None))
         run = Run.create(path, config, arrays, (held.latents, None))
         with run.lock():
             run.save_checkpoint(progress.state.step, progress.part(held.problem), progress.scalars(), Axis())
@@ -333,8 +334,13 @@ class Interrupted(KeyboardInterrupt):
         self.signal = signal
 
 
+def problem_mass(mass: NDArray[Any] | None, rows: Rows) -> NDArray[Any] | None:
+    """The masses in effect: those given, or else the store's own; None for equal ones."""
+    return rows.mass if mass is None and isinstance(rows, Latents) else mass
+
+
 def describe(
-    problem: Problem, options: Options, latents: str, mass: NDArray[Any] | None
+    problem: Problem, options: Options, latents: str, mass: NDArray[Any] | None, rows: Rows
 ) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     """config.json of a run, and the arrays that belong to it."""
     spec, source_arrays = problem.source.spec()
@@ -348,6 +354,7 @@ def describe(
         "fingerprint": problem.target.fingerprint,
         "shape": [problem.target.latents, problem.target.dim],
         "mass": mass is not None,
+        "masses": masses_of(problem_mass(mass, rows), problem.target.latents),
         "init": False,
         "source": spec,
         "source_arrays": sorted(source_arrays),

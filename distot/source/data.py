@@ -60,6 +60,7 @@ class Sampler(Source):
 
     kind = "sampler"
     MOMENT_BLOCKS = 16
+    SHOWN = 4  # samples that are stored with what was drawn from this source
 
     def __init__(self, sample: Sample, dim: int) -> None:
         super().__init__(dim)
@@ -83,7 +84,8 @@ class Sampler(Source):
 
     def spec(self) -> tuple[Spec, dict[str, NDArray[Any]]]:
         name = getattr(self.sample, "__qualname__", type(self.sample).__name__)
-        return {"kind": self.kind, "dim": self.dim, "name": name}, {}
+        drawn = self.centred(Key(0, Stream.MOMENTS, 0, 0), BLOCK)[: self.SHOWN].numpy()  # tells it from others
+        return {"kind": self.kind, "dim": self.dim, "name": name}, {"drawn": drawn}
 
 
 class Product(Source):

@@ -81,7 +81,7 @@ def new_npy(path: Place, shape: tuple[int, ...], dtype: DTypeLike) -> Iterator[C
 
 def _write(file: IO[bytes], rows: NDArray[Any]) -> None:
     """By plain writes: a memory map would end the process where the disk is full, and numpy's say nothing of why."""
-    file.write(memoryview(rows.reshape(-1).view(np.uint8)))
+    file.write(rows.reshape(-1).view(np.uint8).data)
 
 
 def save_npy(path: Place, values: NDArray[Any]) -> None:
