@@ -101,7 +101,7 @@ def solve(
         raise InputError(f"exact masses are computed in this process alone; leave workers={workers} or exact away")
     given = None if mass is None else np.asarray(mass)
     task = work.Solve(_path(latents), source, given, options, None if run is None else as_place(run), _path(init))
-    return _do(task, workers, replicas, ray, device, progress, on_event)
+    return do(task, workers, replicas, ray, device, progress, on_event)
 
 
 def resume(
@@ -141,7 +141,7 @@ def resume(
     }
     given = {name: None if value == math.inf else value for name, value in changes.items() if value is not None}
     task = work.Resume(as_place(run), source, _path(latents), given)
-    return _do(task, workers, replicas, ray, device, progress, on_event)
+    return do(task, workers, replicas, ray, device, progress, on_event)
 
 
 def load(
@@ -175,7 +175,7 @@ def certify(
     Raises as ``load`` does, and StoreError if another process is writing to the run.
     """
     task = work.Certify(as_place(run), source, _path(latents), _on(device), samples, seed_step)
-    return _do(task, workers, replicas, ray, device)
+    return do(task, workers, replicas, ray, device)
 
 
 def assign_file(
@@ -200,7 +200,7 @@ def assign_file(
     """
     given = as_place(samples) if isinstance(samples, str | Path | Url) else np.asarray(samples)
     task = AssignFile(as_place(run), source, _path(latents), _on(device), samples=given, out=as_place(out))
-    found: int = _do(task, workers, replicas, ray, device)
+    found: int = do(task, workers, replicas, ray, device)
     return found
 
 
@@ -235,11 +235,11 @@ def generate_file(
         raise InputError(f"the number of samples must be at least 1, not {n}")
     mixing = Mixing(k, threshold, quantile, balance)
     its = as_place(run), source, _path(latents), _on(device)
-    made: Made = _do(Generate(*its, out=as_place(out), n=n, mixing=mixing, seed=seed), workers, replicas, ray, device)
+    made: Made = do(Generate(*its, out=as_place(out), n=n, mixing=mixing, seed=seed), workers, replicas, ray, device)
     return made
 
 
-def _do(
+def do(
     task: Task,
     workers: int | None,
     replicas: int,
@@ -250,6 +250,9 @@ def _do(
 ) -> Any:
     """Does a task in this process, or on workers if a number of them is given."""
     if workers is None:
+        if replicas != 1 or ray is not None:
+            given = f"replicas={replicas}" if ray is None else f"ray={ray!r}"
+            raise InputError(f"{given} is for a solve on workers; say how many (workers), or leave it out")
         return task(Room(show=progress, on_event=on_event))
     from cluster.workers import Shape, on_workers
 

@@ -24,11 +24,22 @@ from distot.errors import InputError, StoreError
 from distot.grid import Grid
 from distot.identity import belongs, check_source, heights_of, masses_of
 from distot.problem import Problem, build_problem
-from distot.schedule import Options
+from distot.schedule import Options, options_of
 from distot.solution import Facts, Held, Solution, describe, problem_mass
 from distot.solver import Progress
 from distot.source import Source, as_source, from_spec
-from distot.store import Dropped, Latents, Place, Run, Url, need_space, open_latents, reference, referred
+from distot.store import (
+    LOST,
+    Dropped,
+    Latents,
+    Place,
+    Run,
+    Url,
+    need_space,
+    open_latents,
+    reference,
+    referred,
+)
 from distot.target import Cache
 from distot.watch import Event
 
@@ -113,9 +124,7 @@ class Case:
 def new_case(latents: object, source: object, mass: NDArray[Any] | None, options: Options, room: Room) -> Case:
     """The case of what a user gives. Raises InputError or StoreError for what cannot be used."""
     rows = as_rows(latents)
-    if isinstance(source, Path | Url) or (isinstance(source, str) and source.endswith(".zarr")):
-        source = open_latents(source)
-    problem = _problem(rows, source, mass, options, room)
+    problem = _problem(rows, read_source(source), mass, options, room)
     search = assign.over(problem, options.assigner, options.recall)
     start.check_sight(problem, search)
     return Case(problem, search, options, rows, mass)
@@ -129,20 +138,15 @@ def open_case(
     The problem is checked to be the same as when the run began.
     """
     run, config = folder.path, folder.config
-    options = Options(**(config["options"] | changes))
+    options = replace(options_of(folder), **changes)
     arrays = {name: folder.array(f"source-{name}") for name in config["source_arrays"]}
     if source is None:
-        source = from_spec(config["source"], arrays)
+        source = _stored_source(folder, arrays)
     elif not isinstance(source, Source) and not callable(source):
         raise InputError(f"source must be the callable or distot.Source that the run began with, not {source!r}")
     else:
         check_source(as_source(source, config["shape"][1]), config["source"], arrays, str(run))
-    if latents is None:
-        stored = referred(config["latents"], folder.path)
-        if not stored.exists():
-            raise StoreError(f"the latents of {run} are not at {stored} any more; say where they are (--latents)")
-        latents = stored
-    rows = as_rows(latents)
+    rows = _stored_latents(folder) if latents is None else as_rows(latents)
     if list(rows.shape) != config["shape"]:
         raise InputError(f"{run} was solved for latents of shape {tuple(config['shape'])}, these are {rows.shape}")
     mass = folder.array("mass") if config["mass"] else None
@@ -161,6 +165,40 @@ def open_case(
         except Dropped:
             continue  # a writer has replaced it by newer ones while it was read
     return case, (), None
+
+
+def _stored_source(run: Run, arrays: dict[str, NDArray[Any]]) -> Source:
+    """The source of a run. Raises InputError if that is code, StoreError if it is damaged."""
+    try:
+        found = from_spec(run.config["source"], arrays)
+    except (LookupError, TypeError, ValueError) as error:
+        if run.config["source"]["kind"] == "sampler":
+            raise
+        raise StoreError(f"the source of {run.path} is damaged ({error}); {LOST}") from error
+    if found.dim != run.config["shape"][1]:
+        raise StoreError(f"the source of {run.path} is damaged (its dimension is {found.dim}); {LOST}")
+    return found
+
+
+def _stored_latents(run: Run) -> Latents:
+    """The latents of a run, where it says that they are.
+
+    A run from elsewhere may name any place. Opened are files of numbers, whose fingerprint must be the run's; of object
+    stores those whose kind the run is in, or which were named when it was written in this very folder.
+    """
+    try:
+        stored = referred(run.config["latents"], run.path)
+    except InputError as error:
+        raise StoreError(f"{run.path / 'config.json'} is damaged ({error}); {LOST}") from error
+    near = isinstance(run.path, Url) and isinstance(stored, Url) and run.path.scheme == stored.scheme
+    if isinstance(stored, Url) and not (near or run.settled):
+        raise StoreError(
+            f"{run.path} was not written in this folder, and says that its latents are at {stored}; if your "
+            f"credentials may be used for that address, say so: --latents {stored}"
+        )
+    if not stored.exists():
+        raise StoreError(f"the latents of {run.path} are not at {stored} any more; say where they are (--latents)")
+    return open_latents(stored, links=run.config["latents"] != "latents.zarr")
 
 
 @contextmanager
@@ -183,6 +221,13 @@ def as_rows(latents: object) -> Rows:
     if rows.dtype.kind in "iu" or (rows.dtype.kind == "f" and rows.dtype.itemsize not in (2, 4, 8)):
         rows = rows.astype(np.float64)
     return rows.astype(rows.dtype.newbyteorder("="), copy=False)
+
+
+def read_source(source: object) -> object:
+    """A source as ``as_source`` takes it: of the path of a store, its rows."""
+    if isinstance(source, Path | Url) or (isinstance(source, str) and source.endswith(".zarr")):
+        return open_latents(source)
+    return source
 
 
 def _problem(rows: Rows, source: object, mass: Any, options: Options, room: Room) -> Problem:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distot.atoms import ROWS
+from distot.atoms import ROWS, Rows
 
 
 class Fingerprint:
@@ -46,6 +46,17 @@ def combined(shape: tuple[int, ...], dtype: np.dtype[Any], digests: list[bytes])
     for digest in digests if shape[0] % ROWS else [*digests, hashlib.sha256().digest()]:
         total.update(digest)
     return total.hexdigest()
+
+
+def fingerprint_of(rows: Rows) -> str:
+    """The fingerprint of rows: as their store says, or else of what they hold."""
+    known: str | None = getattr(rows, "fingerprint", None)
+    if known is not None:
+        return known
+    found = Fingerprint(tuple(rows.shape), np.dtype(rows.dtype))
+    for first in range(0, rows.shape[0], ROWS):
+        found.update(np.asarray(rows[first : first + ROWS]))
+    return found.hexdigest()
 
 
 def hashed(values: NDArray[Any]) -> str:

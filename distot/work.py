@@ -25,7 +25,7 @@ from distot.progress import listener
 from distot.schedule import Options, StopRule
 from distot.solution import Interrupted, Solution
 from distot.solver import Progress
-from distot.store import Place, Run, Url, as_place, need_space, read_npy, referred
+from distot.store import Place, Run, Url, as_place, need_space, read_npy, referred, typed
 from distot.watch import Watch, signals
 
 
@@ -57,7 +57,9 @@ class Solve:
     def __call__(self, room: Room) -> Solution:
         run = self.run
         if run is not None and any(room.grid.world.objects(run.exists())):
-            raise StoreError(f"{run} exists already; continue it with `distot resume {run}`, or choose another name")
+            raise StoreError(
+                f"{run} exists already; continue it with `distot resume {typed(run)}`, or choose another name"
+            )
         case = new_case(self.latents, self.source, self.mass, self.options, room)
         if self.init is not None:
             case = replace(case, init=_init(self.init, case.problem, self.options, room))
@@ -74,7 +76,7 @@ class Solve:
     def again(self) -> Task:
         if self.run is None or not (self.run / "config.json").is_file():
             return self
-        return Resume(self.run, source=self.source if callable(self.source) else None, after_loss=True)
+        return Resume(self.run, source=self.source if callable(self.source) else None, settled=True)
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class Opened:
         """The same. Raises StoreError if there is no checkpoint yet."""
         case, remarks, found = self.open(folder, room)
         if found is None:
-            raise StoreError(f"{self.run} has no checkpoint yet; go on with: distot resume {self.run}")
+            raise StoreError(f"{self.run} has no checkpoint yet; go on with: distot resume {typed(self.run)}")
         return case, remarks, found
 
 
@@ -116,7 +118,7 @@ class Load(Opened):
 class Resume(Opened):
     """Raises as ``api.resume`` does."""
 
-    after_loss: bool = False  # of processes, which may have come when all was done
+    settled: bool = False  # a run that has nothing left to do is given as it is, and not refused
 
     def __call__(self, room: Room) -> Solution:
         run, folder = self.run, Run(self.run)
@@ -142,14 +144,14 @@ class Resume(Opened):
             else:
                 return _drive(case, replace(found, reason=None), remarks, room)
             certificate = case.kept(found)
-            if certificate is not None and self.after_loss:
+            if certificate is not None and self.settled:
                 return case.solution(found, remarks, certificate)
             if certificate is None:  # killed just before its end
                 return _drive(case, replace(found, reason=found.reason or "max_samples"), remarks, room)
             raise InputError(f"{run} {done}")
 
     def again(self) -> Task:
-        return replace(self, after_loss=True)
+        return replace(self, settled=True)
 
 
 @dataclass(frozen=True)
@@ -262,4 +264,4 @@ def _farewell(run: Run | None, number: int) -> str:
     name = signal.Signals(number).name
     if run is None:
         return f"stopped by {name}; the solution so far is in this exception's .solution"
-    return f"stopped by {name}; everything is saved, go on with: distot resume {run.path}"
+    return f"stopped by {name}; everything is saved, go on with: distot resume {typed(run.path)}"
