@@ -15,8 +15,11 @@ from distot import assign
 from distot.errors import InputError
 from distot.masses import LEVEL, Estimate, upper
 from distot.power import cost_of
+from distot.store import LOST, Run, restored
 
 MOST_WARM = 100  # samples per atom that a warm start is taken to be worth at most
+MOST = 2**63  # what counts stay below
+COUNTS = ("max_samples", "certificate_samples", "seed", "top_k")
 POSITIVE = ("until_chi2", "max_samples", "max_seconds", "certificate_samples", "epsilon", "memory")
 BATCH_SHARE, BATCH_LEAST = 5, 32  # the first steps draw n / (5 work^½) samples of this work each, at least 32
 BATCH_GROWTH = 8  # a step t first batches into the run draws max(1, t^½ / 8) first batches
@@ -42,12 +45,16 @@ class Options:
     cost: str = "quadratic"  # ½|x - y|², or "log": -log<x, y> on the unit sphere
 
     def __post_init__(self) -> None:
-        positive = {k: getattr(self, k) for k in POSITIVE}
-        for name, value in positive.items():
-            if value is not None and not (np.isfinite(value) and value > 0):
-                raise InputError(f"{name} must be positive, or None; it is {value}")
-        if not (np.isfinite(self.checkpoint_seconds) and self.checkpoint_seconds >= 0):
-            raise InputError(f"checkpoint_seconds must be 0 or more, it is {self.checkpoint_seconds}")
+        if not 0 <= self.seed < MOST:
+            raise InputError(f"seed must be between 0 and 2^63 - 1, it is {self.seed}")
+        for name in COUNTS:
+            object.__setattr__(self, name, count(name, getattr(self, name)))
+        for name in POSITIVE:
+            value = getattr(self, name)
+            if value is not None and not _real(value) > 0:
+                raise InputError(f"{name} must be positive, or None; it is {value!r}")
+        if not _real(self.checkpoint_seconds) >= 0:
+            raise InputError(f"checkpoint_seconds must be 0 or more, it is {self.checkpoint_seconds!r}")
         assign.check(self.assigner, self.recall)
         if cost_of(self.cost).spherical:
             self._check_spherical()
@@ -59,8 +66,6 @@ class Options:
             )
         if self.certificate_samples == 1:
             raise InputError("certificate_samples must be at least 2: chi2 is estimated from pairs")
-        if not 0 <= self.seed < 2**63:
-            raise InputError(f"seed must be between 0 and 2^63 - 1, it is {self.seed}")
         if self.until_chi2 is None and self.max_samples is None and self.max_seconds is None:
             raise InputError("nothing would ever stop this run: give until_chi2, max_samples or max_seconds")
 
@@ -79,6 +84,26 @@ class Options:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def options_of(run: Run) -> Options:
+    """The options of a run. Raises StoreError if they are damaged, or of another version."""
+    return restored(Options, run.config["options"], f"{run.path / 'config.json'}", LOST)
+
+
+def count(name: str, value: Any) -> int | None:
+    """A whole number below MOST, or None. Raises InputError for anything else."""
+    if value is None:
+        return None
+    if not (_real(value) == _real(value) // 1 and abs(value) < MOST):
+        raise InputError(f"{name} must be a whole number below 2^63, it is {value!r}")
+    return int(value)
+
+
+def _real(value: Any) -> float:
+    """A number as it is, NaN for anything else."""
+    real = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    return value if real and abs(value) < float("inf") else float("nan")
 
 
 def first_batch(n: int, work: float) -> int:

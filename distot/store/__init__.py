@@ -5,15 +5,17 @@ and both only after every byte below them has been flushed to disk.
 """
 
 from distot.store.files import explained, need_space, new_file, read_npy
+from distot.store.forms import restored
 from distot.store.latents import Latents, LatentsWriter, copy_latents, new_latents, open_latents
 from distot.store.lock import TakenOver
 from distot.store.out import check_out, fresh_file, new_npy, save_npy
-from distot.store.places import Opened, Place, Url, as_place, reference, referred
+from distot.store.places import Opened, Place, Url, as_place, reference, referred, typed
 from distot.store.rows import RowFile, RowWriter, new_rows
-from distot.store.runs import Run
+from distot.store.runs import LOST, Run
 from distot.store.shelf import Checkpoint, Dropped, Part
 
 __all__ = [
+    "LOST",
     "Checkpoint",
     "Dropped",
     "Latents",
@@ -40,5 +42,7 @@ __all__ = [
     "read_npy",
     "reference",
     "referred",
+    "restored",
     "save_npy",
+    "typed",
 ]

@@ -19,7 +19,7 @@ from zarr.codecs import Crc32cCodec
 
 from distot.errors import StoreError
 from distot.store.numbers import NumbersOnly
-from distot.store.places import Place, sizes, zarr_store
+from distot.store.places import Place, sizes, typed, zarr_store
 
 CHUNK_NAME = re.compile(r"(?:c[/.])?(\d+(?:[/.]\d+)*)")  # of a stored object, in zarr 2 and 3
 VECTOR_CHUNK = 1 << 20  # values in a chunk of a vector: 8 MiB of float64
@@ -59,7 +59,7 @@ def open_node(path: Place, foreign: bool = False, links: bool = False) -> zarr.A
         what = "is not a zarr store" if path.exists() else "does not exist"
         file = isinstance(path, Path) and path.is_file()
         data, store_name = (path, f"{str(path).removesuffix(path.suffix)}.zarr") if file else ("DATA.npy", path)
-        raise StoreError(f"{path} {what}; make one with: distot ingest {data} {store_name}") from None
+        raise StoreError(f"{path} {what}; make one with: distot ingest {typed(data)} {typed(store_name)}") from None
 
 
 def refusals(group: zarr.Group) -> dict[str, str]:

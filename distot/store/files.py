@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from distot.errors import InputError, StoreError
 from distot.store.places import Place, Url
 
+NOT_OFFERED = "the file system does not offer that; choose a folder on another one, a local disk say"
 SMALL_BYTES = 1 << 28  # files of JSON are smaller
 
 
@@ -41,6 +42,10 @@ def explained(doing: str, path: Place) -> Iterator[None]:
             errno.ENOTDIR: "a part of that path is a file, not a folder; choose another path",
             errno.EEXIST: "a part of that path is a file, not a folder; choose another path",
             errno.ENOTEMPTY: "another process has made it in the meantime; choose another name",
+            errno.ENOLCK: NOT_OFFERED,
+            errno.ENOSYS: NOT_OFFERED,
+            errno.ENOTSUP: NOT_OFFERED,
+            errno.EOPNOTSUPP: NOT_OFFERED,
             errno.ENOENT: "no such file or folder; check the path",
         }.get(error.errno or 0, str(error))
         raise StoreError(f"cannot {doing} {path}: {remedy}") from error

@@ -30,8 +30,19 @@ Form = Mapping[str, Any]
 T = TypeVar("T")
 
 
+@dataclasses.dataclass(frozen=True)
+class Each:
+    """The type of a list of records of one form."""
+
+    form: Form
+
+
 class Malformed(ValueError):
     """A value has not the form that it should have; the message says which and how."""
+
+
+class Newer(Malformed):
+    """A record has something that this version does not know."""
 
 
 def fits(value: object, hint: Any) -> bool:
@@ -50,11 +61,21 @@ def fits(value: object, hint: Any) -> bool:
         return isinstance(value, list) and all(fits(one, arguments[0]) for one in value)
     if origin is dict:
         return isinstance(value, dict) and all(fits(one, arguments[1]) for one in value.values())
+    if isinstance(hint, Each):
+        return isinstance(value, list) and all(_is_record(one, hint.form) for one in value)
     if hint is Any:
         return True
     if isinstance(value, int) and not isinstance(value, bool) and hint in (int, float):
         return abs(value) < MOST
     return isinstance(value, NoneType if hint is None else hint)
+
+
+def _is_record(value: object, form: Form) -> bool:
+    try:
+        check(value, form)
+    except Malformed:
+        return False
+    return True
 
 
 def check(value: object, form: Form, others: bool = False) -> None:
@@ -70,7 +91,9 @@ def check(value: object, form: Form, others: bool = False) -> None:
         if name in value and not fits(value[name], hint):
             raise Malformed(f"its {name} is {shown(value[name])}")
     if (unknown := sorted(set(value) - set(form))) and not others:
-        raise Malformed(f"this version of distot does not know its {shown(unknown[0])}")
+        raise Newer(
+            f"has {shown(unknown[0])}, which this version of distot does not know; read it with the one that wrote it"
+        )
 
 
 def shown(value: object) -> str:
@@ -95,8 +118,10 @@ def restored(cls: type[T], values: object, what: str, remedy: str) -> T:
         assert isinstance(values, dict)
         given = {name: its for name, its in values.items() if its is not None or fits(None, hints[name])}
         return cls(**given)
+    except Newer as error:
+        raise StoreError(f"{what} {error}") from error
     except (Malformed, InputError) as error:
-        raise StoreError(f"{what} is damaged: {error}; {remedy}") from error
+        raise StoreError(f"{what} is damaged ({error}); {remedy}") from error
 
 
 def parsed(text: bytes) -> dict[str, Any]:

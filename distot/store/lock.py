@@ -8,6 +8,7 @@ its next commit, and stops.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import secrets
@@ -21,11 +22,13 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from distot.errors import StoreError
-from distot.store.files import explained, write_atomically
+from distot.store.files import check_plain, content, explained, write_atomically
+from distot.store.forms import Form, Malformed, check, parsed
 from distot.store.places import Place, Tag, Url
 
 RENEWED = 5.0  # seconds
 LEASE = 30.0
+OWNER: Form = {"pid": int | None, "host": str | None, "since": str | None, "group": str | None}
 
 Fence = Callable[[], None]
 """Raises TakenOver if another writer has taken the run over."""
@@ -50,18 +53,32 @@ def writer(path: Place, group: str | None = None) -> Iterator[Fence]:
             lease.end()
         return
     owner, lock = path / "owner.json", FileLock(path / ".lock")
+    check_plain(path / ".lock")
     with explained("lock", path):
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            raise _busy(path, json.loads(owner.read_bytes()) if owner.exists() else {}) from None
+            raise _busy(path, _who(content(owner) if owner.exists() else b"{}")) from None
+        except NotImplementedError as error:  # of older versions of filelock
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS)) from error
     try:
         with explained("write", owner):
             write_atomically(owner, json.dumps(me))
         yield lambda: None
     finally:
-        owner.unlink(missing_ok=True)
+        with suppress(OSError):
+            owner.unlink(missing_ok=True)
         lock.release()
+
+
+def _who(text: bytes) -> dict[str, Any]:
+    """What an owner's file says; nothing if it is damaged, for it only serves to find the writer."""
+    try:
+        who = parsed(text)
+        check(who, OWNER, others=True)
+    except Malformed:
+        return {}
+    return who
 
 
 def _busy(path: Place, who: dict[str, Any]) -> StoreError:
@@ -89,7 +106,7 @@ class _Lease:
         seen: Tag | None = None
         while True:
             found = self.file.tagged()
-            who = {} if found is None else json.loads(found[0])
+            who = {} if found is None else _who(found[0])
             if found is not None and who.get("group") != self.me["group"]:
                 if seen is None:
                     seen, since = found[1], time.monotonic()
@@ -100,7 +117,7 @@ class _Lease:
                     continue
             tag = self.file.swap(self._content(), None if found is None else found[1])
             if tag is None:  # another one was faster
-                raise _busy(self.run, json.loads((self.file.tagged() or (b"{}", {}))[0]))
+                raise _busy(self.run, _who((self.file.tagged() or (b"{}", {}))[0]))
             return tag
 
     def renew(self) -> None:
@@ -108,7 +125,7 @@ class _Lease:
             tag = self.file.swap(self._content(), self.tag)
             if tag is None:
                 self.ended.set()
-                who = json.loads((self.file.tagged() or (b"{}", {}))[0])
+                who = _who((self.file.tagged() or (b"{}", {}))[0])
                 raise TakenOver(
                     f"{self.run} was taken over by process {who.get('pid', 'unknown')} on host "
                     f"{who.get('host', 'unknown')}, as this one had been silent for too long; nothing more is written"

@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 from distot.errors import StoreError
-from distot.store.files import explained
+from distot.store.files import check_plain, explained
 from distot.store.places import Place, Url
 
 PIECE_SECONDS = 20.0  # between two pieces; what came since the last one is lost if the process is killed
@@ -32,6 +32,7 @@ class Log:
                 self._write_piece(self.run)
             return
         file = self.run / "log.jsonl"
+        check_plain(file)
         with explained("write", file), file.open("a+b") as stream:
             size = stream.tell()
             if size and os.pread(stream.fileno(), 1, size - 1) != b"\n":  # a crash or a full disk has cut it off
@@ -59,6 +60,7 @@ def records(run: Place) -> list[dict[str, Any]]:
         text = b"".join((run / "log" / name).read_bytes() for name in sorted((run / "log").files()))
     else:
         file = run / "log.jsonl"
+        check_plain(file)
         text = file.read_bytes() if file.exists() else b""
     return [_record(number, line) for number, line in enumerate(text.split(b"\n")[:-1], 1)]
 

@@ -11,6 +11,7 @@ import errno
 import hashlib
 import os
 import posixpath
+import shlex
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from datetime import datetime, timedelta
@@ -238,6 +239,12 @@ def as_place(text: str | Path | Url) -> Place:
     return Path(text.removeprefix("file://")) if text.startswith("file://") else Url(text)
 
 
+def typed(place: object) -> str:
+    """A path as it can be typed in a shell, in commands that a user may copy."""
+    words = str(place)
+    return shlex.quote(f"./{words}" if words.startswith("-") else words)
+
+
 def zarr_store(place: Place, read_only: bool = False) -> Store:
     """For zarr, at this place."""
     if isinstance(place, Path):
@@ -297,9 +304,11 @@ def referred(name: str, start: Place) -> Place:
     """The inverse of ``reference``."""
     if "://" in name:
         return Url(name)
-    if isinstance(start, Path) or name.startswith("/"):
-        return Path(os.path.normpath(Path(start if isinstance(start, Path) else "/") / name))
-    return start / name
+    if not isinstance(start, Path):
+        return Path(os.path.normpath(name)) if name.startswith("/") else start / name
+    found = Path(os.path.normpath(start.resolve() / name))
+    beside = Path(os.path.normpath(start.absolute() / name))  # of the link, where the run alone was moved
+    return beside if beside.exists() and not found.exists() else found
 
 
 @lru_cache(maxsize=32)  # a client each, and every checkpoint has a prefix of its own

@@ -15,11 +15,11 @@ from distot.errors import StoreError
 from distot.grid import Axis
 from distot.store.arrays import Arrays, load, write_vector
 from distot.store.files import check_plain, explained, new_folder, write_atomically
-from distot.store.forms import MOST, Count, Form, Malformed, Name, Real, Text, check, sealed, unsealed
+from distot.store.forms import MOST, Count, Each, Form, Malformed, Name, Newer, Real, Text, check, sealed, unsealed
 from distot.store.latents import copy_latents
 from distot.store.lock import Fence, writer
 from distot.store.log import Log, records
-from distot.store.places import Place, as_place, zarr_store
+from distot.store.places import Place, as_place, typed, zarr_store
 from distot.store.shelf import Checkpoint, Part, Shelf
 
 FORMAT, VERSION = "distot-run", 2
@@ -42,6 +42,20 @@ CONFIG: Form = {
     "source_arrays": list[Name],
     "options": dict[str, float | str | bool | None],
 }
+LOOK: Form = {
+    **dict.fromkeys(("samples", "looked", "step"), Count),
+    **dict.fromkeys(("chi2", "error", "upper"), Real),
+    "close": bool,
+}
+CHECKPOINT: Form = {
+    **dict.fromkeys(("margin", "damping", "floor", "error", "time", "since"), Real | None),
+    **dict.fromkeys(("step", "samples", "next_check"), Count),
+    "drawn": list[Count],
+    "history": Each(LOOK),
+    "started": bool,
+    "reason": str | None,
+}
+CELLS: Form = dict.fromkeys(("step", "samples", "orbits"), Count)
 SOURCE: Form = {"kind": Name}
 SHAPES: dict[str, Form] = {
     "gaussian": {},
@@ -58,8 +72,10 @@ class Run:
         self.path = as_place(path)
         self._fence: Fence = _open
         self._log = Log(self.path)
-        self.checkpoints = Shelf(self.path, "checkpoints", "LATEST", KEEP)
-        self.cells = Shelf(self.path, "cells", "LATEST_CELLS", 1)
+        none = f"no checkpoint of {self.path} is left, start a new run, or restore them from a copy"
+        self.checkpoints = Shelf(self.path, "checkpoints", "LATEST", KEEP, CHECKPOINT, none)
+        again = f"delete {self.path / 'cells'} and LATEST_CELLS beside it, and cells are measured anew"
+        self.cells = Shelf(self.path, "cells", "LATEST_CELLS", 1, CELLS, again)
         self.config = self._configuration()
 
     @classmethod
@@ -71,7 +87,8 @@ class Run:
         path = as_place(path)
         if path.exists():
             raise StoreError(
-                f"{path} exists already; continue it with `distot resume {path}`, or choose another name for a new run"
+                f"{path} exists already; continue it with `distot resume {typed(path)}`, or choose another name for a "
+                "new run"
             )
         with new_folder(path) as folder:
             group = zarr.create_group(zarr_store(folder), attributes={"format": FORMAT, "version": VERSION})
@@ -95,7 +112,7 @@ class Run:
         with explained("read", self.path):
             if not file.is_file():
                 what = "is not a run folder (it has no config.json)" if self.path.exists() else "does not exist"
-                raise StoreError(f"{self.path} {what}; start one with: distot solve LATENTS.zarr {self.path}")
+                raise StoreError(f"{self.path} {what}; start one with: distot solve LATENTS.zarr {typed(self.path)}")
             for entry in sorted(self.path.iterdir()) if isinstance(self.path, Path) else ():
                 check_plain(entry)
         try:
@@ -104,6 +121,8 @@ class Run:
                 raise StoreError(f"{self.path} was written by distot {config['distot']}; read it with that version")
             check(config, CONFIG)
             check_source(config["source"], config["shape"][1])
+        except Newer as error:
+            raise StoreError(f"{file} {error}") from error
         except Malformed as error:
             raise StoreError(f"{file} is damaged ({error}); {LOST}") from error
         return config
@@ -112,6 +131,11 @@ class Run:
         """Replaces values of the configuration."""
         self.config |= changes
         self.save_json("config.json", self.config)
+
+    def move_latents(self, place: str) -> None:
+        """Says where the latents are now, as who writes to this folder has said."""
+        folder = {"folder": self.path.stat().st_ino} if isinstance(self.path, Path) else {}
+        self.save_config({"latents": place} | folder)
 
     @property
     def settled(self) -> bool:
@@ -161,8 +185,16 @@ class Run:
         return self.checkpoints.save(step, part, scalars, world, self._fence)
 
     def load_checkpoint(self, world: Axis | None = None) -> Checkpoint | None:
-        """As ``Shelf.load``."""
-        return self.checkpoints.load(world)
+        """As ``Shelf.load``. Raises StoreError also if the log tells of checkpoints of which nothing is there."""
+        found = self.checkpoints.load(world)
+        if found is None:
+            written = [event["name"] for event in self.records() if event["event"] == "checkpoint"]
+            if written and self.checkpoints.load(world) is None:  # none has come meanwhile
+                raise StoreError(
+                    f"log.jsonl tells of the checkpoint {written[-1]}, and {self.path / 'checkpoints'} has none; "
+                    f"{self.checkpoints.remedy}"
+                )
+        return found
 
     def save_cells(self, step: int, part: Part, scalars: dict[str, Any], world: Axis) -> None:
         """What is known of the cells at a step, as ``Shelf.save``."""

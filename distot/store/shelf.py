@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import secrets
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, TypeVar
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import zarr
@@ -23,11 +24,30 @@ from distot.errors import StoreError
 from distot.fingerprint import hashed_heights
 from distot.grid import Axis
 from distot.store.arrays import Arrays, load, write_vector
-from distot.store.files import explained, flush, flush_tree, remove, write_atomically
+from distot.store.files import check_plain, content, explained, flush, flush_tree, remove, write_atomically
+from distot.store.forms import Count, Form, Malformed, Name, Seconds, check, fits, sealed, unsealed
 from distot.store.lock import Fence
-from distot.store.places import Place, Url, digest, zarr_store
+from distot.store.places import Place, Url, digest, sizes, zarr_store
 
 FORMAT, VERSION = "distot-checkpoint", 2
+NAME = re.compile(r"step-(\d{9,18})-[0-9a-f]{8}")  # of a folder
+PARTIAL = re.compile(r"\.[\w-]+(\.[\w-]+)*\.[0-9a-f]{8}\.partial")
+KEPT = "LOST"  # a file in what is left of a checkpoint that was committed; nobody deletes that
+PART: Form = {
+    "name": Annotated[str, r"part-\d{5,9}"],
+    "first": Count,
+    "count": Count,
+    "arrays": list[Name],
+    "files": dict[str, dict[str, Any]],
+}
+FILE = Annotated[str, r"part-\d{5,9}(/\w[\w.-]*)+"]
+MANIFEST: Form = {
+    "format": Annotated[str, FORMAT],
+    "version": Annotated[int, (VERSION, VERSION)],
+    "written": Seconds,
+    "parts": list[dict[str, Any]],
+    "scalars": dict[str, Any],
+}
 T = TypeVar("T")
 
 
@@ -60,7 +80,12 @@ class Checkpoint:
     @property
     def heights(self) -> str:
         """The hash of the heights of all atoms, by which what belongs to them knows them again."""
-        return hashed_heights(self.read("average", slice(0, sum(part["count"] for part in self.written))))
+        return hashed_heights(self.read("average", slice(0, self.count)))
+
+    @property
+    def count(self) -> int:
+        """Atoms whose values it has."""
+        return sum(part["count"] for part in self.written)
 
     def read(self, array: str, rows: slice) -> NDArray[Any]:
         """Values of a vector over all atoms, from whatever parts hold them. Raises StoreError if they are gone."""
@@ -69,6 +94,10 @@ class Checkpoint:
             begin, end = (min(max(row - part["first"], 0), part["count"]) for row in (rows.start, rows.stop))
             if begin < end:
                 found.append(self._load(part, array, slice(begin, end)))
+                if found[-1].shape[:1] != (end - begin,) or found[-1].dtype.kind != "f":
+                    raise StoreError(
+                        f"checkpoint {self.name} is damaged: its {array} are not {part['count']:,} numbers"
+                    )
         return np.concatenate(found) if found else np.empty(0)
 
     def parts(self, *arrays: str) -> Iterator[tuple[NDArray[Any], ...]]:
@@ -87,16 +116,18 @@ class Checkpoint:
 
 class Shelf:
     """A folder of checkpoints in a run, each written once by all processes and committed by one; the newest ``keep``
-    stay, and the file ``latest`` of the run names the newest, as a hint."""
+    stay, and the file ``latest`` of the run names the newest. ``scalars`` is what each has to say."""
 
-    def __init__(self, run: Place, name: str, latest: str, keep: int) -> None:
+    def __init__(self, run: Place, name: str, latest: str, keep: int, scalars: Form, remedy: str) -> None:
         self.run, self.path, self.latest, self.keep = run, run / name, run / latest, keep
+        self.form, self.remedy = scalars, remedy
 
     def save(self, step: int, part: Part, scalars: dict[str, Any], world: Axis, fence: Fence) -> str:
         """Writes and flushes a checkpoint, every process its part; the first one commits it, if ``fence`` lets it, and
         drops all but the newest. Raises StoreError in all processes if it fails in one."""
         name = world.objects(f"step-{step:09d}-{secrets.token_hex(4)}")[0]
         folder = self.path / name
+        check_plain(self.path)
         try:
             written = _agreed(world, lambda: _write_part(folder, world.rank, part))
             _agreed(world, lambda: self._commit(folder, written, scalars, fence) if world.rank == 0 else None)
@@ -114,41 +145,66 @@ class Shelf:
                 flush(folder.parent)
             manifest = {"format": FORMAT, "version": VERSION, "written": time.time()}
             manifest |= {"parts": parts, "scalars": scalars}
-            manifest |= {"sha256": _digest(manifest)}
-            write_atomically(folder / "MANIFEST.json", json.dumps(manifest, indent=1))
+            write_atomically(folder / "MANIFEST.json", json.dumps(sealed(manifest), indent=1))
             write_atomically(self.latest, folder.name + "\n")
         for old in self.committed()[self.keep :]:
             with suppress(OSError, StoreError):  # what cannot be deleted does no harm
+                check_plain(old)
                 (old / "MANIFEST.json").unlink()
                 remove(old)
 
     def clear_debris(self) -> None:
-        """Deletes checkpoints without a manifest, and files under names of their own making."""
-        if isinstance(self.path, Url):
-            names = self.path.files()
-            for debris in {name.split("/")[0] for name in names}:
-                if f"{debris}/MANIFEST.json" not in names:
-                    remove(self.path / debris)
-            return
-        for folder in self.path.glob("*"):
-            if folder.is_dir() and not (folder / "MANIFEST.json").exists():
-                remove(folder)
-        if isinstance(self.run, Path):
-            for partial in self.run.glob(".*.partial"):
+        """Deletes what writers that were killed have left: checkpoints without a manifest, and files not yet in place.
+
+        A checkpoint that was committed, and has lost its manifest since, is marked and kept.
+        """
+        check_plain(self.path)
+        debris = [folder for folder in self._folders() if not _has(folder, "MANIFEST.json", KEPT)]
+        if debris and self.lost() is not None:
+            for folder in debris:
+                write_atomically(folder / KEPT, f"{folder.name} was committed and has no MANIFEST.json any more\n")
+            debris = []
+        for folder in debris:
+            remove(folder)
+        for partial in self.run.glob(".*.partial") if isinstance(self.run, Path) else ():
+            if PARTIAL.fullmatch(partial.name) and not partial.is_dir():
                 partial.unlink()
 
+    def _folders(self) -> list[Place]:
+        """Folders of checkpoints, whole or not; a link is none."""
+        if isinstance(self.path, Url):
+            names = {name.split("/")[0] for name in self.path.files()}
+            return [self.path / name for name in sorted(names) if NAME.fullmatch(name)]
+        found = [folder for folder in self.path.glob("step-*") if NAME.fullmatch(folder.name)]
+        return [folder for folder in found if folder.is_dir() and not folder.is_symlink()]
+
     def committed(self) -> list[Place]:
-        """Folders of committed self.path, newest first."""
-        found: list[tuple[str, float, Place]] = []
+        """Folders of committed checkpoints, newest first."""
+        found: list[tuple[int, float, Place]] = []
         if isinstance(self.path, Url):
             for name, (_, written) in self.path.files().items():
-                if name.endswith("/MANIFEST.json"):
-                    found.append((name[:14], written.timestamp(), self.path / name.split("/")[0]))
+                folder, _, file = name.partition("/")
+                if file == "MANIFEST.json" and (match := NAME.fullmatch(folder)):
+                    found.append((int(match[1]), written.timestamp(), self.path / folder))
         else:
             for manifest in self.path.glob("step-*/MANIFEST.json"):
                 with suppress(FileNotFoundError):  # a writer drops old ones while we look
-                    found.append((manifest.parent.name[:14], manifest.stat().st_mtime, manifest.parent))
+                    if match := NAME.fullmatch(manifest.parent.name):
+                        found.append((int(match[1]), manifest.lstat().st_mtime, manifest.parent))
         return [folder for *_, folder in sorted(found, key=lambda entry: entry[:2], reverse=True)]
+
+    def lost(self) -> str | None:
+        """What is wrong if the newest checkpoint, which was committed, is so no more; None if nothing is."""
+        named = self._latest()
+        if named is None or any(folder.name == named for folder in self.committed()):
+            return None
+        if self._latest() != named:
+            return self.lost()  # a writer has replaced it while we looked
+        if not NAME.fullmatch(named):
+            return f"{self.latest} is damaged: it names no checkpoint"
+        folder = self.path / named
+        what = f"its {folder / 'MANIFEST.json'} is missing" if folder.is_dir() else f"{folder} is missing"
+        return f"the checkpoint that {self.latest.name} names is incomplete: {what}"
 
     def load(self, world: Axis | None = None) -> Checkpoint | None:
         """The newest checkpoint that verifies, with remarks on those that did not; None if none was committed.
@@ -157,11 +213,11 @@ class Shelf:
         of them is damaged.
         """
         world = world or Axis()
-        remarks: list[str] = []
-        latest, committed = world.objects((self._latest(), self.committed()))[0]
+        latest, lost, committed = world.objects((self._latest(), self.lost(), self.committed()))[0]
+        remarks = [] if lost is None else [lost]
         for folder in committed:
             try:
-                found = _agreed(world, lambda folder=folder: _verified(folder, world))[0]  # type: ignore[misc]
+                found = _agreed(world, lambda folder=folder: _verified(folder, world, self.form))[0]  # type: ignore[misc]
             except StoreError as error:
                 if not world.objects((folder / "MANIFEST.json").exists())[0]:
                     return self.load(world)  # a writer has dropped it, after it had committed newer ones
@@ -170,18 +226,18 @@ class Shelf:
             if remarks:
                 remarks.append(f"using the checkpoint before it, {folder.name}")
             return replace(found, remarks=tuple(remarks))
-        if remarks:
-            raise StoreError("; ".join(remarks) + f"; no checkpoint of {self.run} is left, start a new run")
         if world.objects(self._latest())[0] != latest:
             return self.load(world)  # a writer has replaced them all while we looked
+        if remarks:
+            raise StoreError("; ".join(remarks) + f"; {self.remedy}")
         return None
 
-    def _latest(self) -> bytes:
-        """What the hint says; nothing before the first checkpoint."""
+    def _latest(self) -> str | None:
+        """What the hint says; None before the first checkpoint."""
         try:
-            return self.latest.read_bytes()
+            return content(self.latest).decode(errors="replace").strip()
         except FileNotFoundError:
-            return b""
+            return None
 
 
 def _agreed(world: Axis, work: Callable[[], T]) -> list[T]:
@@ -229,33 +285,63 @@ def _write_part(folder: Place, number: int, part: Part) -> dict[str, Any]:
             write_vector(group, key, values)
         if isinstance(folder, Path):
             flush_tree(folder / name)
+        if set(sizes(folder / name)) - set(store.files):
+            raise StoreError(
+                f"zarr has written files to {folder / name} that were not hashed; use another version of it"
+            )
     files = {f"{name}/{file}": its for file, its in sorted(store.files.items())}
     return {"name": name, "first": part.first, "count": part.count, "arrays": sorted(part.arrays), "files": files}
 
 
-def _verified(folder: Place, world: Axis) -> Checkpoint:
+def _verified(folder: Place, world: Axis, scalars: Form) -> Checkpoint:
     """A checkpoint; every file of the parts that fall to this process has the size and hash of the manifest."""
+    check_plain(folder)
     file = folder / "MANIFEST.json"
     try:
-        manifest = json.loads(file.read_bytes())
-        sound = manifest.pop("sha256") == _digest(manifest)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        sound = False
-    if not sound:
-        raise StoreError(f"checkpoint {folder.name} is damaged: {file} fails its checksum")
+        manifest = unsealed(file)
+        check(manifest, MANIFEST)
+        check(manifest["scalars"], scalars, others=True)
+        _check_parts(manifest["parts"])
+    except (OSError, Malformed) as error:
+        raise StoreError(f"checkpoint {folder.name} is damaged: {file} fails its checksum ({error})") from error
     for part in manifest["parts"][world.rank :: world.size]:
         for name, expected in part["files"].items():
             file = folder / name
             try:
-                sound = digest(file) == expected
+                sound = digest(file) == expected if _has_size(folder, name, expected["bytes"]) else False
             except OSError as error:
-                raise StoreError(
-                    f"checkpoint {folder.name} is damaged: {file} cannot be read ({error.strerror})"
-                ) from error
+                raise StoreError(f"checkpoint {folder.name} is damaged: {file} cannot be read ({error})") from error
             if not sound:
                 raise StoreError(f"checkpoint {folder.name} is damaged: {file} fails its checksum")
     return Checkpoint(folder, manifest["parts"], manifest["scalars"])
 
 
-def _digest(manifest: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+def _check_parts(parts: list[dict[str, Any]]) -> None:
+    """Raises Malformed unless these are parts of one checkpoint, with no file outside of them."""
+    end = 0
+    for part in sorted(parts, key=lambda its: its["first"] if isinstance(its.get("first"), int) else 0):
+        check(part, PART)
+        if part["count"] and part["first"] != end:
+            raise Malformed("its parts do not make a whole")
+        end += part["count"]
+        named = {f"{part['name']}/{array}/zarr.json" for array in part["arrays"]}
+        if not named <= set(part["files"]) or not all(fits(name, FILE) for name in part["files"]):
+            raise Malformed("its files are not those of its parts")
+        for its in part["files"].values():
+            check(its, {"bytes": Count, "sha256": Annotated[str, "[0-9a-f]{64}"]})
+    if len({part["name"] for part in parts}) != len(parts):
+        raise Malformed("it has two parts of one name")
+
+
+def _has_size(folder: Place, name: str, wanted: int) -> bool:
+    """Whether a file of a checkpoint is one, without a link on the way to it, and as large as it should be."""
+    if isinstance(folder, Url):
+        return True
+    for part in [*reversed(PurePosixPath(name).parents)][1:]:
+        check_plain(folder / part)
+    check_plain(folder / name)
+    return (folder / name).lstat().st_size == wanted
+
+
+def _has(folder: Place, *names: str) -> bool:
+    return any((folder / name).exists() for name in names)
