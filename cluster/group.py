@@ -26,8 +26,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from cluster.member import Answer, Member
 from distot import grid
 from distot.case import Listen
+from distot.environment import cores
 from distot.errors import DistotError, InputError
-from distot.watch import Event
+from distot.watch import Event, pass_on
 from distot.work import Task
 
 POLL = 0.2  # seconds between two looks of the driver
@@ -70,6 +71,7 @@ class Group:
         self.where: list[str] = [""] * shape.workers  # nodes
         self.moved: dict[int, PlacementGroup] = {}  # room of their own for members that had to leave their node
         self.signal: int | None = None
+        self.failure: BaseException | None = None
         self.asked: int | None = None  # the signal that was passed on
         self.owns_ray = False
         self.name = secrets.token_hex(8)
@@ -105,10 +107,10 @@ class Group:
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
                 return
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-            cores = max(os.cpu_count() or 1, self.shape.workers)
+            count = max(cores(), self.shape.workers)
             ray.init(
                 address="local",
-                num_cpus=cores,
+                num_cpus=count,
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
@@ -124,7 +126,7 @@ class Group:
         shape, total = self.shape, ray.cluster_resources()
         gpus = total.get("GPU", 0)
         self.device = ("cuda" if gpus >= shape.workers else "cpu") if shape.device == "auto" else shape.device
-        local = max(1.0, (os.cpu_count() or 1) / shape.workers)
+        local = max(1.0, cores() / shape.workers)
         self.cpus = shape.cpus or (local if self.owns_ray else 1.0)
         bundle = {"CPU": min(self.cpus, total.get("CPU", 1) / shape.workers if self.owns_ray else self.cpus)}
         bundle |= {"GPU": 1.0} if self.device == "cuda" else {}
@@ -255,8 +257,8 @@ class Group:
     def tell(self, *events: Event) -> None:
         """Passes events on to whoever listens."""
         for event in events:
-            if self.listen is not None:
-                self.listen(event)
+            if lost := pass_on(event, self):
+                self.tell({"event": "warning", "time": time.time(), "text": lost})
 
     def _pass_on_signals(self) -> None:
         """Stops the run, with a checkpoint, after a signal to the driver, or when a node is about to be taken away."""
@@ -265,6 +267,8 @@ class Group:
             number = signal.SIGTERM
         if number is not None and self.asked != number:
             self.asked = number
+            if self.signal is not None and self.failure is None:
+                self.tell({"event": "signal", "signal": signal.Signals(number).name})
             for member in self.members:
                 if member is not None:
                     member.ask.remote(int(number))

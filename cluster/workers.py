@@ -14,7 +14,7 @@ from distot.case import Listen, Room, as_rows
 from distot.errors import InputError
 from distot.progress import listener
 from distot.solution import Interrupted, Solution
-from distot.store import Place, Url, copy_latents
+from distot.store import Place, Url, copy_latents, typed
 from distot.watch import signals
 from distot.work import Load, Solve, Task
 
@@ -68,7 +68,7 @@ def _finished(task: Task, run: Place, shape: Shape, show: bool | None, on_event:
             failures = 1 if _newest(run) != newest else failures + 1
             newest = _newest(run)
             if failures > FAILURES:
-                more = f"go on with: distot resume {run}" if run.exists() else "nothing was kept"
+                more = f"go on with: distot resume {typed(run)}" if run.exists() else "nothing was kept"
                 raise WorkersLost(f"{failures} losses in a row without progress, the last one: {text}; {more}")
             note = f"lost {text}; going on from the last checkpoint"
             group.tell({"event": "warning", "time": time.time(), "seconds": time.monotonic() - began, "text": note})

@@ -1,5 +1,10 @@
 """distot: semi-discrete optimal transport at scale, from a continuous source to N latents."""
 
+from distot import signals
+
+if signals.command():  # before the imports that take time
+    signals.quit_at_once()
+
 from distot import live
 from distot.api import assign_file, certify, generate_file, load, resume, solve
 from distot.cells import Cells

@@ -10,17 +10,21 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from distot.schedule import MOST
 from distot.store import as_place, read_npy
 
 
 def parse_count(text: str) -> int:
     """A number of samples: 250000, 2e6, 1_000_000."""
+    plain = text.replace("_", "").replace(",", "")
     try:
-        value = float(text.replace("_", "").replace(",", ""))
+        value = int(plain) if plain.isdecimal() else float(plain)
     except ValueError:
         raise typer.BadParameter(f"{text!r} is not a number of samples; write 250000 or 2e6") from None
-    if not (value >= 1 and value.is_integer()):
+    if not (value >= 1 and value == value // 1):
         raise typer.BadParameter(f"{text!r} must be a whole number of at least 1")
+    if value >= MOST:
+        raise typer.BadParameter(f"{text!r} is too large; give a number below 2^63, 9e18 say")
     return int(value)
 
 

@@ -1,7 +1,7 @@
 """The command line.
 
 Exit codes: 0 done, 1 bad input or failure, 3 stopped by the budget before the goal, 130 after Ctrl-C, 143 after
-SIGTERM.
+SIGTERM, 129 when the terminal is closed.
 With --json each command prints one JSON object on standard output; progress and messages go to standard error.
 """
 
@@ -12,6 +12,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,10 +45,12 @@ from distot.inspect import describe
 from distot.plan import parse_machines, plan, table
 from distot.solution import Solution
 from distot.source import Ball, Cube, Gaussian, Sphere
-from distot.store import Place, as_place, open_latents
+from distot.store import Place, as_place, open_latents, typed
+from distot.watch import Ours, together
 
 app = typer.Typer(
     add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     help="Semi-discrete optimal transport at scale: a continuous source against N target latents.\n\n"
@@ -56,6 +59,21 @@ app = typer.Typer(
     "  distot certify run.zarr",
 )
 GOAL, BUDGET = 0, 3
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"distot {version('distot')}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which version this is.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -103,7 +121,7 @@ def ingest(
         )
     else:
         out.print(f"{latents}: {done.shape[0]:,} latents of dimension {done.shape[1]}, {done.dtype}", soft_wrap=True)
-        out.print(f"next: distot solve {latents} run.zarr", soft_wrap=True)
+        out.print(f"next: distot solve {typed(latents)} run.zarr", soft_wrap=True)
     return 0
 
 
@@ -118,9 +136,9 @@ def solve(
     cov: Annotated[
         Path | None, typer.Option(help="npy file: variances (d,) or covariance (d, d) of a gaussian.")
     ] = None,
-    low: Annotated[float, typer.Option(help="Lower edge of the cube.")] = 0.0,
-    high: Annotated[float, typer.Option(help="Upper edge of the cube.")] = 1.0,
-    radius: Annotated[float, typer.Option(help="Radius of the ball or sphere.")] = 1.0,
+    low: Annotated[float | None, typer.Option(help="Lower edge of the cube; default: 0.")] = None,
+    high: Annotated[float | None, typer.Option(help="Upper edge of the cube; default: 1.")] = None,
+    radius: Annotated[float | None, typer.Option(help="Radius of the ball or sphere; default: 1.")] = None,
     cost: Annotated[str, typer.Option(help="quadratic, or log: -log<x, y> on the unit sphere.")] = "quadratic",
     until_chi2: Annotated[
         float,
@@ -147,7 +165,9 @@ def solve(
     epsilon: Annotated[
         float | None, typer.Option(help="Solve the entropic problem at this temperature, in units of cost.")
     ] = None,
-    top_k: Annotated[int, typer.Option(help="Latents that share a sample at that temperature.")] = 32,
+    top_k: Annotated[
+        int | None, typer.Option(help="Latents that share a sample at that temperature; default: 32.")
+    ] = None,
     checkpoint_seconds: Annotated[float, typer.Option(help="Seconds between checkpoints.")] = 60.0,
     certificate_samples: Annotated[
         int | None,
@@ -169,9 +189,11 @@ def solve(
               distot solve latents.zarr run.zarr --source ball --radius 3 --until-chi2 0.02
               distot solve latents.zarr run.zarr --workers 8 --replicas 2 --ray auto
     """
+    if top_k is not None and epsilon is None:
+        raise InputError("--top-k is for the entropic problem alone; give --epsilon, or leave it out")
     solution = distot.solve(
         latents,
-        _source(source, latents, mean, cov, low, high, radius),
+        _source(source, latents, mean=mean, cov=cov, low=low, high=high, radius=radius),
         until_chi2=None if until_chi2 == math.inf else until_chi2,
         max_samples=max_samples,
         max_seconds=max_seconds,
@@ -181,7 +203,7 @@ def solve(
         recall=recall,
         init=init,
         epsilon=epsilon,
-        top_k=top_k,
+        top_k=32 if top_k is None else top_k,
         run=run,
         checkpoint_seconds=checkpoint_seconds,
         certificate_samples=certificate_samples,
@@ -357,34 +379,33 @@ def write_report(
 
 
 def _listener(tensorboard: Path | None) -> Callable[[dict[str, Any]], None]:
-    """What hears the events of a run: the terminal, and the files of TensorBoard if they are wanted."""
-    if tensorboard is None:
-        return speak
-    writer = distot.live.TensorBoard(tensorboard)
-
-    def both(event: dict[str, Any]) -> None:
-        speak(event)
-        writer(event)
-
-    return both
+    """What hears the events of a run: standard error, and the files of TensorBoard if they are wanted."""
+    writer = None if tensorboard is None else Ours("TensorBoard", distot.live.TensorBoard(tensorboard))
+    return together(Ours("standard error", speak), writer)
 
 
-def _source(
-    name: str, latents: Place, mean: Path | None, cov: Path | None, low: float, high: float, radius: float
-) -> object:
-    """The source that the options of ``solve`` describe."""
-    kinds: dict[str, Callable[[int], object]] = {
-        "gaussian": lambda dim: Gaussian(numbers(mean, 0.0), numbers(cov, 1.0), dim),
-        "cube": lambda dim: Cube(dim, low, high),
-        "ball": lambda dim: Ball(dim, radius),
-        "sphere": lambda dim: Sphere(dim, radius),
+def _source(name: str, latents: Place, **given: Any) -> object:
+    """The source that the options of ``solve`` describe. Raises InputError for options that it does not take."""
+    kinds: dict[str, tuple[Callable[..., object], tuple[str, ...]]] = {
+        "gaussian": (_gaussian, ("mean", "cov")),
+        "cube": (Cube, ("low", "high")),
+        "ball": (Ball, ("radius",)),
+        "sphere": (Sphere, ("radius",)),
     }
-    if name in kinds:
-        shape = open_latents(latents).shape
-        return kinds[name](shape[1]) if len(shape) == 2 else name
-    if as_place(name).exists():
-        return open_latents(name)[:]
-    raise InputError(f"--source {name}: not one of {', '.join(kinds)}, and no such zarr store")
+    kind, options = kinds.get(name, (None, ()))
+    if kind is None and not as_place(name).exists():
+        raise InputError(f"--source {name}: not one of {', '.join(kinds)}, and no such zarr store")
+    for option in [option for option, value in given.items() if value is not None and option not in options]:
+        takes = " or ".join(each for each, (_, names) in kinds.items() if option in names)
+        raise InputError(f"--{option} is for --source {takes} alone, not for {name}; leave it out")
+    if kind is None:
+        return as_place(name)
+    shape = open_latents(latents).shape
+    return kind(shape[1], **{k: v for k, v in given.items() if v is not None}) if len(shape) == 2 else name
+
+
+def _gaussian(dim: int, mean: Path | None = None, cov: Path | None = None) -> Gaussian:
+    return Gaussian(numbers(mean, 0.0), numbers(cov, 1.0), dim)
 
 
 def _finish(solution: Solution, run: Place, as_json: bool) -> int:

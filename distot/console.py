@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import codecs
+import errno
+import io
 import json
+import os
+import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NoReturn
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
 from distot.errors import DistotError
+from distot.progress import Screen
+from distot.signals import Stopped, raised
 from distot.solution import Interrupted, Solution
-from distot.store import Place
+from distot.store import Place, typed
 
-# text is printed as it is: [brackets] and :colons: belong to paths
-out, err = (Console(stderr=stderr, highlight=False, markup=False, emoji=False) for stderr in (False, True))
+out, err = Screen(stderr=False), Screen(stderr=True)
+
+SPELLED = {"±": "+-", "²": "^2", "≥": ">=", "½": "1/2", "×": "x", "−": "-"}  # where a stream has no such characters
+
+PRINTING = (errno.EPIPE, errno.EIO, errno.ENOSPC)  # what goes wrong where nobody reads, or the disk is full
 
 # typer uses the package click or one of its own, by version; BadParameter, which it always exports, leads to either
 UsageError: Any = typer.BadParameter.__mro__[1]
@@ -24,26 +34,67 @@ UsageError: Any = typer.BadParameter.__mro__[1]
 
 def execute(app: typer.Typer, name: str, given: list[str]) -> NoReturn:
     """Runs a command and exits with its code; errors are one sentence, never a traceback."""
-    code: Any = 1
+    _writable()
+    with raised():
+        code = _done(app, name, given)
+        if (why := _flushed(sys.stdout)) and not code:
+            say("error", "red", f"not all that was printed could be written: {why}")
+            code = 1
+        _flushed(sys.stderr)
+    sys.exit(code)
+
+
+def _done(app: typer.Typer, name: str, given: list[str]) -> Any:
+    """The exit code of a command."""
     try:
         command = typer.main.get_command(app)
         # app() itself would turn Interrupted, as it does any KeyboardInterrupt, into 130 without a word
         with command.make_context(name, given) as context:
-            code = command.invoke(context)
+            return command.invoke(context)
     except typer.Exit as done:
-        code = done.exit_code
+        return done.exit_code
     except Interrupted as interrupted:
-        err.print(str(interrupted), soft_wrap=True)
-        code = 128 + interrupted.signal
-    except KeyboardInterrupt:
-        err.print("stopped at once; the run, if it has begun, is as of its last checkpoint")
-        code = 130
+        whisper(str(interrupted))
+        return 128 + interrupted.signal
+    except KeyboardInterrupt as stopped:
+        whisper("stopped at once; the run, if it has begun, is as of its last checkpoint")
+        return 128 + (stopped.signal if isinstance(stopped, Stopped) else signal.SIGINT)
     except UsageError as error:
         where = error.ctx.command_path if error.ctx else name
         say("error", "red", f"{error.format_message().rstrip('.')}; see {where} --help")
     except (DistotError, OSError) as error:
-        say("error", "red", str(error))
-    sys.exit(code)
+        printing = isinstance(error, OSError) and error.filename is None and error.errno in PRINTING
+        say("error", "red", f"not all that was printed could be written: {error}" if printing else str(error))
+    return 1
+
+
+def _writable() -> None:
+    """What a stream cannot encode does not end a command: mathematics is spelled out, bytes of paths are kept."""
+    codecs.register_error("distot", _spelled)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="distot")
+
+
+def _spelled(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Stands in for characters that cannot be encoded."""
+    assert isinstance(error, UnicodeEncodeError)
+    character = error.object[error.start]
+    if "\udc80" <= character <= "\udcff":  # a byte of a path that is no text
+        return bytes([ord(character) - 0xDC00]), error.start + 1
+    return SPELLED.get(character, "?"), error.start + 1
+
+
+def _flushed(stream: Any) -> str:
+    """Why a stream cannot be written, if it cannot; then it is given up, so that nothing else fails by it."""
+    try:
+        if stream is not None:
+            stream.flush()
+    except (OSError, ValueError) as error:
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return str(error)
+    return ""
 
 
 def start(main: Callable[..., None]) -> NoReturn:
@@ -59,7 +110,7 @@ def speak(event: dict[str, Any]) -> None:
     if err.is_terminal:
         return
     if event["event"] in ("note", "warning"):
-        say(event["event"], "yellow", event["text"])
+        err.print(labelled(event["event"], "yellow", event["text"]), soft_wrap=True)
     if event["event"] == "newton":
         err.print(f"newton {event['iteration']}: chi2 {event['chi2']:.1e}, largest error {event['error']:.1e}")
     if event["event"] == "check":
@@ -67,7 +118,8 @@ def speak(event: dict[str, Any]) -> None:
 
 
 def report(solution: Solution, run: Place, as_json: bool) -> None:
-    c, cells = solution.certificate, solution.exact_cells() if solution.reason == "exact" else None
+    plane = solution.reason == "exact" and solution.facts.shape[1] == 2  # on a line there is a formula, without cells
+    c, cells = solution.certificate, solution.exact_cells() if plane else None
     if as_json:
         print_json(
             {
@@ -116,11 +168,21 @@ def report(solution: Solution, run: Place, as_json: bool) -> None:
         out.print(f"  {name:<12} {figure:<22} {meaning}", soft_wrap=True)
     if solution.reason not in ("until_chi2", "exact"):
         more = f" --max-samples {2 * solution.samples}" if solution.reason == "max_samples" else ""
-        out.print(f"go on: distot resume {run}{more}", soft_wrap=True)
+        out.print(f"go on: distot resume {typed(run)}{more}", soft_wrap=True)
 
 
 def say(label: str, style: str, text: str) -> None:
-    err.print(Text.assemble((label, style), f": {text}"), soft_wrap=True)
+    whisper(labelled(label, style, text))
+
+
+def whisper(text: str | Text) -> None:
+    """Prints on standard error, if anybody is there to read it."""
+    with suppress(OSError):
+        err.print(text, soft_wrap=True)
+
+
+def labelled(label: str, style: str, text: str) -> Text:
+    return Text.assemble((label, style), f": {text}")
 
 
 def print_json(value: dict[str, Any]) -> None:

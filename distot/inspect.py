@@ -6,7 +6,7 @@ from typing import Any
 
 from distot.identity import belongs
 from distot.progress import duration
-from distot.store import Dropped, Place, Run, as_place, explained, open_latents
+from distot.store import Dropped, Place, Run, as_place, explained, open_latents, typed
 
 
 def describe(path: str | Place) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def _latents(path: Place) -> dict[str, Any]:
         "shards": list(latents.array.shards) if latents.array.shards else None,
         "fingerprint": latents.fingerprint,
         "origin": latents.attributes.get("origin"),
-        "next": f"distot solve {path} run.zarr",
+        "next": f"distot solve {typed(path)} run.zarr",
     }
 
 
@@ -52,7 +52,7 @@ def _run(path: Place) -> dict[str, Any]:
     }
     checkpoint = run.load_checkpoint()
     if checkpoint is None:
-        return facts | {"state": "no checkpoint yet", "next": f"distot resume {path}"}
+        return facts | {"state": "no checkpoint yet", "next": f"distot resume {typed(path)}"}
     scalars = checkpoint.scalars
     try:
         heights = checkpoint.heights
@@ -79,8 +79,9 @@ def _run(path: Place) -> dict[str, Any]:
         )
         facts["next"] = f"distot.load({str(path)!r})"
     else:
-        facts["next"] = f"distot {'certify' if scalars['reason'] in ('until_chi2', 'exact') else 'resume'} {path}"
-    return facts | {"report": f"distot report {path} -o report.html"}
+        verb = "certify" if scalars["reason"] in ("until_chi2", "exact") else "resume"
+        facts["next"] = f"distot {verb} {typed(path)}"
+    return facts | {"report": f"distot report {typed(path)} -o report.html"}
 
 
 def _spent(run: Run) -> str:

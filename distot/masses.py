@@ -61,7 +61,7 @@ class Masses:
         stride, orbit = 1 + self.samples * k // KEPT, first // self.size
         begin = -orbit % stride
         kept = found[begin::stride].tocoo()
-        self._kept.append(np.stack([orbit + begin + stride * kept.row, kept.col, kept.data]))
+        self._kept.append(np.stack([orbit + begin + stride * kept.row.astype(np.int64), kept.col, kept.data]))
 
     def sum(self, axis: Axis) -> None:
         """Adds up what the processes of the sample axis have found."""

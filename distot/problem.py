@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,8 +43,12 @@ class Problem:
 
     def keys(self, stream: Stream, step: int, samples: int, block: int = BLOCK) -> Iterator[tuple[Key, int]]:
         """Blocks that make up ``samples`` samples of one step: (key, size of the block)."""
-        for number, first in enumerate(range(0, samples, block)):
-            yield Key(self.seed, stream, step, number, first), min(block, samples - first)
+        for number in range(-(-samples // block)):
+            yield self._block(stream, step, samples, block, number)
+
+    def _block(self, stream: Stream, step: int, samples: int, block: int, number: int) -> tuple[Key, int]:
+        first = number * block
+        return Key(self.seed, stream, step, number, first), min(block, samples - first)
 
     def turned(self, part: int) -> Tensor:
         """Axes of the orbits' blocks (g, w, d) as the frame sees them, float32, on the device of the atoms."""
@@ -72,7 +77,7 @@ class Problem:
         draws = self.draws(samples)
         parts = self.orbit.parts(draws) if stream in (Stream.CHECK, Stream.CERTIFY) else 1
         block = max(-(-BLOCK_LEAST // size), min(BLOCK // size, -(-draws // (parts * BLOCKS))))
-        blocks = list(self.keys(stream, step, draws, block))
+        blocks, key = range(-(-draws // block)), partial(self._block, stream, step, draws, block)
         width = self._portion(block * size)
         together = 1 if k is None else self._together(width * block * size, k)
         for part in range(parts):
@@ -81,7 +86,10 @@ class Problem:
             own = its[len(its) * axis.rank // axis.size : len(its) * (axis.rank + 1) // axis.size]
             firsts = range(0, -(-len(its) // axis.size), width)
             for number in range(0, len(firsts), together):
-                yield [self._drawn(own[first : first + width], basis) for first in firsts[number : number + together]]
+                yield [
+                    self._drawn([key(each) for each in own[first : first + width]], basis)
+                    for first in firsts[number : number + together]
+                ]
 
     def _drawn(self, portion: list[tuple[Key, int]], basis: Tensor | None) -> tuple[int, Tensor | Orbits]:
         """The samples of these blocks, after the number of the first."""

@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from distot.watch import Event
+from distot.watch import Event, Ours, together
+
+
+class Screen(Console):
+    """Prints text as it is: [brackets] and :colons: belong to paths. What cannot be written is an OSError."""
+
+    def __init__(self, *, stderr: bool) -> None:
+        super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False)
+
+    def on_broken_pipe(self) -> None:
+        raise  # where rich would end the process
 
 
 @contextmanager
 def listener(show: bool | None, also: Callable[[Event], None] | None) -> Iterator[Callable[[Event], None] | None]:
     """A listener that draws on stderr (``show``; None: if it is a terminal) and passes every event on to ``also``."""
-    console = Console(stderr=True, highlight=False, markup=False, emoji=False)
+    console = Screen(stderr=True)
     if not (console.is_terminal if show is None else show):
         yield also
         return
     with Display(console) as display:
-
-        def both(event: Event) -> None:
-            display(event)
-            if also is not None:
-                also(event)
-
-        yield both
+        yield together(Ours("the terminal", display), also)
 
 
 def duration(seconds: float) -> str:
@@ -54,11 +58,13 @@ class Display:
         self.atoms, self.assigner = 1, ""
 
     def __enter__(self) -> Display:
-        self.bar.start()
+        with suppress(OSError):  # the first event will meet it again
+            self.bar.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.bar.stop()
+        with suppress(OSError):  # of a terminal that is gone
+            self.bar.stop()
 
     def __call__(self, event: Event) -> None:
         handler = getattr(self, f"on_{event['event']}", None)

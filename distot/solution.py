@@ -26,7 +26,7 @@ from distot.grid import Axis
 from distot.identity import heights_of, map_of, masses_of
 from distot.power import Array, heights_to_weights
 from distot.problem import Problem
-from distot.schedule import Check, Options
+from distot.schedule import Check, Options, count
 from distot.solver import Progress, entropic_part
 from distot.source import BLOCK
 from distot.store import Latents, Place, Run, as_place, check_out
@@ -163,6 +163,7 @@ class Solution:
 
         Raises InputError for fewer than two samples or a negative ``seed_step``.
         """
+        samples = count("samples", samples)
         if samples is not None and samples < 2:
             raise InputError(f"a certificate needs at least 2 samples, chi2 is estimated from pairs; not {samples}")
         if seed_step < 0:
@@ -229,6 +230,7 @@ class Solution:
         A run folder may hold them already (``distot generate`` keeps what it needs there). Raises InputError for fewer
         than two samples.
         """
+        samples = count("samples", samples)
         if samples is not None and samples < 2:
             raise InputError(f"statistics of cells need at least 2 samples, not {samples}")
         return by_latent(self.problem, self.sums(samples), self.held.mass)

@@ -7,7 +7,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import FrameType
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ import torch
 
 from distot.errors import DistotWarning, StoreError
 from distot.grid import Axis
+from distot.signals import check, handled
 from distot.store import Part, Run, TakenOver
 
 Event = dict[str, Any]
@@ -27,6 +28,73 @@ class Stop(Exception):
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
+
+
+class Lost(Exception):
+    """What a listener of our own says when it fails, once."""
+
+
+class Ours:
+    """A listener of our own, which a run can do without: when it fails it says so once, and hears no more."""
+
+    def __init__(self, name: str, listen: Callable[[Event], None]) -> None:
+        self.name, self.listen, self.lost = name, listen, False
+
+    def __call__(self, event: Event) -> None:
+        """Raises Lost."""
+        if self.lost:
+            return
+        try:
+            self.listen(event)
+        except Lost:
+            self.lost = True
+            raise
+        except Exception as error:
+            self.lost = True
+            why = " ".join(str(error).split())
+            raise Lost(f"{self.name} is lost ({why or type(error).__name__}); the run goes on without it") from error
+
+
+def together(*listeners: Callable[[Event], None] | None) -> Callable[[Event], None]:
+    """A listener that passes events on to several, also when one of them is lost."""
+
+    def each(event: Event) -> None:
+        lost = []
+        for listen in listeners:
+            try:
+                if listen is not None:
+                    listen(event)
+            except Lost as one:
+                lost.append(str(one))
+        if lost:
+            raise Lost("; ".join(lost))
+
+    return each
+
+
+class Stoppable(Protocol):
+    """Something that looks at ``signal`` now and then, and stops if it is set."""
+
+    signal: int | None
+    listen: Callable[[Event], None] | None
+    failure: BaseException | None  # an error of the user's own listener, to be raised when all is saved
+
+
+def pass_on(event: Event, to: Stoppable) -> str:
+    """Tells the listener. Returns a sentence on what is lost by that, if anything is.
+
+    An error of the user's own listener is kept, and stops what goes on as SIGTERM would, so that no work is lost.
+    """
+    try:
+        if to.listen is not None:
+            to.listen(event)
+    except Lost as lost:
+        return str(lost)
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) and to.signal is not None:
+            raise  # a second Ctrl-C
+        to.listen, to.failure, to.signal = None, error, to.signal or signal.SIGTERM
+    return ""
 
 
 class Watch:
@@ -52,9 +120,10 @@ class Watch:
         self.deadline = None if max_seconds is None else self.began + max_seconds - spent
         self.checkpoint_seconds = checkpoint_seconds
         self.signal: int | None = None
+        self.failure: BaseException | None = None
         self.seconds_per_sample = 0.0  # of the search, averaged over the last steps; 0 before the first
         self._saved = self._logged = self.began
-        self._log_fails = False
+        self._log_fails = self._announced = False
 
     @property
     def seconds(self) -> float:
@@ -64,6 +133,9 @@ class Watch:
         """Raises Stop after a signal, or when fewer than ``reserve`` seconds are left, in all processes or none."""
         if asked := self.asked():  # a signal may come at any moment, and must not be written over
             self.signal = asked
+        if self.signal and not self._announced and not self.failure and not asked:
+            self._announced = True
+            pass_on({"event": "signal", "signal": signal.Signals(self.signal).name}, self)
         late = self.deadline is not None and time.monotonic() > self.deadline - reserve
         number, late = self.world.max(torch.tensor([self.signal or 0, int(late)])).tolist()
         if number:
@@ -85,8 +157,8 @@ class Watch:
         if self.world.rank:
             return
         record = {"event": event, "time": time.time(), "seconds": round(self.seconds, 3)} | fields
-        if self.listen is not None:
-            self.listen(record)
+        if lost := pass_on(record, self):
+            self.tell("warning", text=lost)
         now = time.monotonic()
         if self.run is not None and (event != "step" or now - self._logged >= LOG_SECONDS):
             self._logged = now
@@ -128,30 +200,30 @@ class Watch:
         self._saved = time.monotonic()
 
 
-class Stoppable(Protocol):
-    """Something that looks at ``signal`` now and then, and stops if it is set."""
-
-    signal: int | None
-    listen: Callable[[Event], None] | None
-
-
 @contextmanager
 def signals(to: Stoppable) -> Iterator[None]:
-    """Ctrl-C and SIGTERM are noted in ``to``; a second Ctrl-C raises KeyboardInterrupt at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    """Signals that ask for the end are noted in ``to``; Ctrl-C after another one raises KeyboardInterrupt at once.
+
+    Raises ``failure`` at the end, with the solution that an interruption carries.
+    """
+    came: list[int] = []
 
     def caught(number: int, frame: FrameType | None) -> None:
-        if to.signal is not None:
+        came.append(number)
+        # a closed terminal and batch systems send several in a row
+        if len(came) > 1 and (number == signal.SIGINT or (number, came[0]) == (signal.SIGTERM, signal.SIGINT)):
             raise KeyboardInterrupt
-        to.signal = number
-        if to.listen is not None:
-            to.listen({"event": "signal", "signal": signal.Signals(number).name})
+        to.signal = came[0]
 
-    before = {number: signal.signal(number, caught) for number in (signal.SIGINT, signal.SIGTERM)}
+    main = threading.current_thread() is threading.main_thread()
     try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        with handled(caught) if main else nullcontext():
+            check()
+            yield
+    except KeyboardInterrupt as stop:
+        if to.failure is None:
+            raise
+        vars(to.failure)["solution"] = getattr(stop, "solution", None)
+        to.failure.add_note(f"the run was stopped by this error of its listener: {str(stop).partition('; ')[2]}")
+    if to.failure is not None:
+        raise to.failure

@@ -17,6 +17,7 @@ from rich.console import Console
 import distot
 from distot.cli import main as command
 from distot.console import start
+from distot.store import typed
 from jobs.patches import patches
 
 console = Console(highlight=False)
@@ -45,7 +46,7 @@ def main(
     began = time.monotonic()
     latents, result = folder / "latents.zarr", folder / "run.zarr"
     if result.exists():
-        say(f"{result} is there already; `distot resume {result}` goes on with it. To begin anew delete {folder}/.")
+        say(f"{result} is there already; go on with it by `distot resume {typed(result)}`, or delete {folder}/ first.")
         run("inspect", str(result))
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -73,10 +74,10 @@ def main(
         say(f"  noise ({x[0]:+.2f}, {x[1]:+.2f}, ...) -> latent {i}")
     say(f"\nDone in {time.monotonic() - began:.0f} s. Next (in this shell: . .venv/bin/activate):")
     for line in (
-        f"distot inspect {result}                      what the run folder holds",
-        f"distot certify {result} --seed-step 1        measure it again with other samples",
-        f"distot resume {result} --until-chi2 0.03     go on to a finer answer",
-        f"distot solve {latents} {folder}/ball.zarr --source ball --radius 5",
+        f"distot inspect {typed(result)}                      what the run folder holds",
+        f"distot certify {typed(result)} --seed-step 1        measure it again with other samples",
+        f"distot resume {typed(result)} --until-chi2 0.03     go on to a finer answer",
+        f"distot solve {typed(latents)} {typed(folder / 'ball.zarr')} --source ball --radius 5",
         f"python -c \"import distot; print(distot.load('{result}').heights)\"",
     ):
         say(f"  {line}")

@@ -5,7 +5,6 @@ Legend: N latents, d dimension.
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +14,7 @@ from distot.cells import Cells, Sums
 from distot.report import charts, words
 from distot.report.figures import Figure
 from distot.report.story import Story
+from distot.store import typed
 
 FEW = 24  # empty latents that are named
 STATES = {  # of a run, by its reason to stop: (kind of badge, words)
@@ -250,7 +250,7 @@ def environment_of(story: Story) -> list[tuple[str, str]]:
 
 def commands(story: Story) -> list[tuple[str, str]]:
     """(what for, command) of what can be done next; the first is what this run wants most."""
-    run, goal = shlex.quote(str(story.run.path)), story.options["until_chi2"]
+    run, goal = typed(story.run.path), story.options["until_chi2"]
     on, certify = (
         ("go on", f"distot resume {run}"),
         ("measure with other samples", f"distot certify {run} --seed-step 1"),
