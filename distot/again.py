@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from distot.api import do
-from distot.case import as_rows, read_source
+from distot.case import OWN_LATENTS, as_rows, read_source
 from distot.errors import InputError
 from distot.fingerprint import fingerprint_of
 from distot.identity import check_source, masses_of
@@ -47,7 +47,7 @@ def go_on(
 def _moved(folder: Run, latents: object) -> Place | None:
     """The latents that are given, if the run has none of its own and those it knows may be elsewhere."""
     here = referred(folder.config["latents"], folder.path)
-    if not isinstance(latents, str | Path | Url) or here == folder.path / "latents.zarr":
+    if not isinstance(latents, str | Path | Url) or here == folder.path / OWN_LATENTS:
         return None
     return None if isinstance(here, Path) and here.exists() else as_place(latents)
 

@@ -35,6 +35,7 @@ from distot.store import (
     Place,
     Run,
     Url,
+    as_place,
     need_space,
     open_latents,
     reference,
@@ -44,6 +45,7 @@ from distot.target import Cache
 from distot.watch import Event
 
 Listen = Callable[[Event], None]
+OWN_LATENTS = "latents.zarr"  # in a run that has a copy of them
 
 
 @dataclass(frozen=True)
@@ -97,11 +99,11 @@ class Case:
 
     def kept(self, progress: Progress) -> Certificate | None:
         """The certificate in the run folder, if it is that of these heights."""
-        stored = None if self.run is None else self.run.load_json("certificate.json")
         heights = heights_of(self.problem, progress.state.average)
-        if stored is None or not belongs(stored, progress.state.step, heights):
+        if self.run is None or (stored := stored_certificate(self.run)) is None:
             return None
-        return Certificate(**{name: value for name, value in stored.items() if name not in ("step", "heights")})
+        certificate, of = stored
+        return certificate if belongs(of, progress.state.step, heights) else None
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -112,7 +114,7 @@ class Case:
         """A new run folder, with a copy of latents that are in memory, or of all if it ``copies``."""
         rows = self.rows
         copies = copies or not isinstance(rows, Latents)
-        latents = reference(rows.path, path) if isinstance(rows, Latents) and not copies else "latents.zarr"
+        latents = reference(rows.path, path) if isinstance(rows, Latents) and not copies else OWN_LATENTS
         config, arrays = describe(self.problem, self.options, latents, self.mass, rows)
         config["init"] = self.init is not None
         arrays |= {} if self.init is None else {"init": self.init}
@@ -225,9 +227,14 @@ def as_rows(latents: object) -> Rows:
 
 def read_source(source: object) -> object:
     """A source as ``as_source`` takes it: of the path of a store, its rows."""
-    if isinstance(source, Path | Url) or (isinstance(source, str) and source.endswith(".zarr")):
-        return open_latents(source)
-    return source
+    place = source_place(source)
+    return source if place is None else open_latents(place)
+
+
+def source_place(source: object) -> Place | None:
+    """Where the rows of a source are, if it is given as a path."""
+    named = isinstance(source, Path | Url) or (isinstance(source, str) and source.endswith(".zarr"))
+    return as_place(source) if named else None  # type: ignore[arg-type]
 
 
 def _problem(rows: Rows, source: object, mass: Any, options: Options, room: Room) -> Problem:

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from distot import descent, finish, solver, start
-from distot.case import Case, Room, locked, new_case, open_case
+from distot.case import OWN_LATENTS, Case, Room, locked, new_case, open_case, source_place
 from distot.environment import environment
 from distot.errors import DistotWarning, InputError, StoreError
 from distot.problem import Problem
@@ -25,7 +25,19 @@ from distot.progress import listener
 from distot.schedule import Options, StopRule
 from distot.solution import Interrupted, Solution
 from distot.solver import Progress
-from distot.store import Place, Run, Url, as_place, need_space, read_npy, referred, typed
+from distot.store import (
+    Latents,
+    Place,
+    Run,
+    Url,
+    as_place,
+    check_out,
+    need_space,
+    read_npy,
+    reference,
+    referred,
+    typed,
+)
 from distot.watch import Watch, signals
 
 
@@ -60,6 +72,8 @@ class Solve:
             raise StoreError(
                 f"{run} exists already; continue it with `distot resume {typed(run)}`, or choose another name"
             )
+        if run is not None:
+            check_out(run, self.latents, self.init, source_place(self.source), goes_on=True)
         case = new_case(self.latents, self.source, self.mass, self.options, room)
         if self.init is not None:
             case = replace(case, init=_init(self.init, case.problem, self.options, room))
@@ -97,6 +111,15 @@ class Opened:
         stored = self.latents is None and (self.run / "config.json").is_file()
         return self.run, referred(Run(self.run).config["latents"], self.run) if stored else self.latents
 
+    def remember(self, folder: Run, case: Case, room: Room) -> None:
+        """Keeps in the run where its latents are now, so that it need not be said again."""
+        own = folder.config["latents"] == OWN_LATENTS and (folder.path / OWN_LATENTS).exists()
+        if self.latents is None or own or not isinstance(case.rows, Latents) or not room.grid.leads:
+            return
+        place = reference(case.rows.path, folder.path)
+        if place != folder.config["latents"]:
+            folder.move_latents(place)
+
     def begun(self, folder: Run, room: Room) -> tuple[Case, tuple[str, ...], Progress]:
         """The same. Raises StoreError if there is no checkpoint yet."""
         case, remarks, found = self.open(folder, room)
@@ -124,6 +147,7 @@ class Resume(Opened):
         run, folder = self.run, Run(self.run)
         with locked(folder, room):
             case, remarks, found = self.open(folder, room)
+            self.remember(folder, case, room)
             problem, options = case.problem, case.options
             if room.grid.leads:
                 need_space(run, case.checkpoint_bytes)
@@ -165,6 +189,7 @@ class Certify(Opened):
         folder = Run(self.run)
         with locked(folder, room):
             case, remarks, found = self.begun(folder, room)
+            self.remember(folder, case, room)
             certificate = case.solution(found).certify(self.samples, self.seed_step)
             case.keep(certificate, found)
             return case.solution(found, remarks, certificate)

@@ -21,7 +21,7 @@ def check_out(out: Place, *read: object, goes_on: bool = False) -> None:
     something is there, unless the writer ``goes_on`` with what it finds."""
     for place in read:
         if isinstance(place, Path | Url) and _lies_in(out, place):
-            raise InputError(f"{out} is to be written, and is, or lies in, {place}, which is read; choose another name")
+            raise InputError(f"writing {out} would change {place}, which is read; choose another name")
     if not goes_on:
         check_free(out)
 

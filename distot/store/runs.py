@@ -55,6 +55,7 @@ CHECKPOINT: Form = {
     "started": bool,
     "reason": str | None,
 }
+CERTIFICATE: Form = {"step": Count, "heights": Text | None}
 CELLS: Form = dict.fromkeys(("step", "samples", "orbits"), Count)
 SOURCE: Form = {"kind": Name}
 SHAPES: dict[str, Form] = {
@@ -174,7 +175,9 @@ class Run:
     def load_json(self, name: str) -> dict[str, Any] | None:
         file = self.path / name
         try:
-            return unsealed(file)
+            record = unsealed(file)
+            check(record, CERTIFICATE, others=True)
+            return record
         except FileNotFoundError:
             return None
         except Malformed as error:
