@@ -10,6 +10,8 @@ Legend: N latents, C classes, d dimension.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -17,20 +19,23 @@ from urllib.parse import quote
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from distot.api import load, resume, solve
+from distot import schedule
+from distot.again import GOALS, check_same, go_on
+from distot.api import load, solve
 from distot.atoms import Rows
-from distot.case import as_rows
+from distot.case import as_rows, source_place
 from distot.errors import InputError
-from distot.inspect import describe
+from distot.fingerprint import fingerprint_of
 from distot.solution import Solution
-from distot.store import Latents, Place, RowFile, Run, as_place, copy_latents, new_rows
+from distot.store import Latents, Place, RowFile, Run, as_place, check_out, copy_latents, new_rows, open_latents
 from distot.target import check_mass, check_rows
 
-GOALS = ("until_chi2", "max_samples", "max_seconds", "memory")  # that a run may change when it goes on
-HERE = ("device", "workers", "replicas", "ray", "progress", "on_event")  # that are not part of what is solved
 PART = 65536  # labels written at a time
+# options of a class that are not given, but for goals: those may have been changed
+STANDARD = {name: value for name, value in schedule.Options().to_dict().items() if name not in GOALS}
 
 Label = Any
+Options = dict[str, Any]
 Arrays = dict[str, NDArray[Any]]
 
 
@@ -77,8 +82,11 @@ def solve_classes(
     folder for all, in which the next call goes on: classes that are done are not solved again. on_class hears of each
     class and its size before it is solved. options: those of ``solve``.
 
+    Goals and budgets may be others the next time, and those left out are as before; all else must be the same.
+
     Raises InputError, before anything is solved, for labels of another shape and classes of less than two latents, and
-    for a folder that was begun with other labels; else as ``solve`` does, with the name of the class.
+    for a folder that was begun with other latents, labels, masses, source or options; else as ``solve`` does, with the
+    name of the class.
     """
     rows = as_rows(latents)
     check_rows(rows)
@@ -87,17 +95,18 @@ def solve_classes(
     weight = check_mass(None if given is None else np.asarray(given), count)[0]
     names, code = _coded(labels, weight)
     folder = None if run is None else as_place(run)
+    works = [_Work(label, np.flatnonzero(code == number), folder) for number, label in enumerate(names)]
     if folder is not None:
+        check_out(folder, rows.path if isinstance(rows, Latents) else None, source_place(source), goes_on=True)
         _begin(folder, names, code, {} if given is None else {"mass": weight})
+        for work in works:
+            with _named(work.label):
+                work.check(rows, source, given is not None, weight, options)
     solutions: dict[Label, Solution] = {}
-    for number, label in enumerate(names):
-        own = np.flatnonzero(code == number)
-        on_class(label, len(own))
-        its_mass = None if given is None else weight[own]
-        try:
-            solutions[label] = _solved(_taken(rows, own), source, its_mass, folder, label, options)
-        except InputError as error:
-            raise InputError(f"class {label}: {error}") from error
+    for work in works:
+        on_class(work.label, len(work.own))
+        with _named(work.label):
+            solutions[work.label] = work(rows, source, None if given is None else weight[work.own], options)
     return _together(solutions, names, code, weight)
 
 
@@ -142,32 +151,61 @@ def _begin(folder: Place, names: list[Label], code: NDArray[np.int32], vectors: 
     if isinstance(folder, Path):
         folder.mkdir(parents=True, exist_ok=True)
     with new_rows(folder / "labels.zarr", len(code), {"code": ("int32", None)}, {"labels": names}, vectors) as out:
-        if not out.complete:
-            for first in range(out.written, len(code), PART):
-                out.write({"code": code[first : first + PART]})
-    if not np.array_equal(RowFile(folder / "labels.zarr").read("code"), code):
-        raise InputError(f"{folder} was begun with other labels; give those, or choose another folder")
+        if not np.array_equal(RowFile(folder / "labels.zarr").read("code"), code[: out.written]):
+            raise InputError(f"{folder} was begun with other labels; give those, or choose another folder")
+        for first in range(out.written, len(code), PART):
+            out.write({"code": code[first : first + PART]})
 
 
-def _solved(
-    rows: NDArray[Any], source: object, mass: Any, folder: Place | None, label: Label, options: dict[str, Any]
-) -> Solution:
-    """The solution of one class: from its run if that is done, else solved, or gone on with."""
-    if folder is None:
-        return solve(rows, source, mass, **options)
-    store, run = folder / f"{_file(label)}.latents.zarr", folder / f"{_file(label)}.run.zarr"
-    if not run.exists():
-        if not store.exists():
-            copy_latents(rows, mass, store, f"class {label}")
-        return solve(store, source, run=run, **options)
-    kept = Run(run).config["options"]
-    changed = [name for name, value in options.items() if name not in HERE and kept.get(name) != value]
-    if wrong := [name for name in changed if name not in GOALS]:
-        raise InputError(f"{run} was begun with {wrong[0]} = {kept.get(wrong[0])!r}; give that, or another folder")
-    own = source if callable(source) else None
-    if not changed and describe(run)["state"] in ("until_chi2", "max_samples"):
-        return load(run, source=own, device=options.get("device"))
-    return resume(run, source=own, **{name: its for name, its in options.items() if name in (*changed, *HERE)})
+@dataclass(frozen=True)
+class _Work:
+    """One class: its latents among all, and the folder of all."""
+
+    label: Label
+    own: NDArray[np.int64]
+    folder: Place | None
+
+    @property
+    def store(self) -> Place:
+        assert self.folder is not None
+        return self.folder / f"{_file(self.label)}.latents.zarr"
+
+    @property
+    def run(self) -> Place:
+        assert self.folder is not None
+        return self.folder / f"{_file(self.label)}.run.zarr"
+
+    def check(self, rows: Rows, source: object, massive: bool, weight: NDArray[np.float64], options: Options) -> None:
+        """Raises InputError if the latents or the run that are there are of something else."""
+        if not (self.store.exists() or self.run.exists()):
+            return
+        its, mass = _taken(rows, self.own), weight[self.own] if massive else None
+        if self.store.exists():
+            there = open_latents(self.store)
+            weights = [np.empty(0) if values is None else values for values in (mass, there.mass)]
+            if fingerprint_of(there) != fingerprint_of(its) or not np.array_equal(weights[0], weights[1]):
+                raise InputError(f"{self.store} holds other latents, or other masses; give those, or another folder")
+        if self.run.exists():
+            check_same(Run(self.run), its, source, mass, STANDARD | options, "init" in options)
+
+    def __call__(self, rows: Rows, source: object, mass: Any, options: Options) -> Solution:
+        """The solution: from its run if that is done, else solved, or gone on with."""
+        if self.folder is None:
+            return solve(_taken(rows, self.own), source, mass, **options)
+        if self.run.exists():
+            return go_on(self.run, self.store, source, None, options)
+        if not self.store.exists():
+            copy_latents(_taken(rows, self.own), mass, self.store, f"class {self.label}")
+        return solve(self.store, source, run=self.run, **options)
+
+
+@contextmanager
+def _named(label: Label) -> Iterator[None]:
+    """Errors say which class they are about."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"class {label}: {error}") from error
 
 
 def _taken(rows: Rows, own: NDArray[np.int64]) -> NDArray[Any]:
