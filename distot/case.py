@@ -25,7 +25,7 @@ from distot.grid import Grid
 from distot.identity import belongs, check_source, heights_of, masses_of
 from distot.problem import Problem, build_problem
 from distot.schedule import Options, options_of
-from distot.solution import Facts, Held, Solution, describe, problem_mass
+from distot.solution import Facts, Held, Solution, describe, problem_mass, stored_certificate
 from distot.solver import Progress
 from distot.source import Source, as_source, from_spec
 from distot.store import (

@@ -6,6 +6,8 @@ from typing import Any
 
 from distot.identity import belongs
 from distot.progress import duration
+from distot.schedule import options_of
+from distot.solution import stored_certificate
 from distot.store import Dropped, Place, Run, as_place, explained, open_latents, typed
 
 
@@ -36,18 +38,18 @@ def _latents(path: Place) -> dict[str, Any]:
 
 def _run(path: Place) -> dict[str, Any]:
     run = Run(path)
-    options = run.config["options"]
+    options = options_of(run)
     facts: dict[str, Any] = {
         "kind": "run",
         "path": str(path),
         "latents": str(run.config["latents"]),
         "shape": run.config["shape"],
         "source": run.config["source"]["kind"],
-        "cost": options.get("cost", "quadratic"),
-        "goal_chi2": options["until_chi2"],
-        "max_samples": options["max_samples"],
-        "max_seconds": options["max_seconds"],
-        "seed": options["seed"],
+        "cost": options.cost,
+        "goal_chi2": options.until_chi2,
+        "max_samples": options.max_samples,
+        "max_seconds": options.max_seconds,
+        "seed": options.seed,
         "created": run.config["created"],
     }
     checkpoint = run.load_checkpoint()
@@ -71,12 +73,12 @@ def _run(path: Place) -> dict[str, Any]:
         facts["last_look"] = f"chi2 {last['chi2']:.4f} ± {last['error']:.4f} at {last['samples']:,} samples"
     facts["time_spent"] = _spent(run)
     facts["cells"] = _cells(run, heights)
-    certificate = run.load_json("certificate.json")
-    if certificate is not None and belongs(certificate, scalars["step"], heights):
-        facts["certificate"] = f"chi2 {certificate['chi2']:.4f} ± {certificate['chi2_error']:.4f}"
-        facts["w2_squared_bound" if facts["cost"] == "quadratic" else "cost_bound"] = (
-            f"{certificate['w2_squared_bound']:.6g} ± {certificate['w2_squared_bound_error']:.2g}"
-        )
+    stored = stored_certificate(run)
+    if stored is not None and belongs(stored[1], scalars["step"], heights):
+        c = stored[0]
+        facts["certificate"] = f"chi2 {c.chi2:.4f} ± {c.chi2_error:.4f}"
+        name = "w2_squared_bound" if facts["cost"] == "quadratic" else "cost_bound"
+        facts[name] = f"{c.bound:.6g} ± {c.bound_error:.2g}"
         facts["next"] = f"distot.load({str(path)!r})"
     else:
         verb = "certify" if scalars["reason"] in ("until_chi2", "exact") else "resume"

@@ -29,7 +29,7 @@ from distot.problem import Problem
 from distot.schedule import Check, Options, count
 from distot.solver import Progress, entropic_part
 from distot.source import BLOCK
-from distot.store import Latents, Place, Run, as_place, check_out
+from distot.store import Latents, Place, Run, as_place, check_out, restored
 
 REASONS = {
     "until_chi2": "the goal was reached: chi2 is below {until_chi2} with 95 % confidence",
@@ -325,6 +325,17 @@ def stored_sums(run: Run, held: Held) -> Sums | None:
     saved = run.cells.load(problem.grid.world)
     heights = heights_of(problem, held.progress.state.average)
     return Sums.stored(saved, problem) if saved is not None and saved.scalars.get("heights") == heights else None
+
+
+def stored_certificate(run: Run) -> tuple[Certificate, dict[str, Any]] | None:
+    """The certificate in a run folder, and what it says of its heights, for ``belongs``. Raises StoreError if it is
+    damaged."""
+    stored = run.load_json("certificate.json")
+    if stored is None:
+        return None
+    of: dict[str, Any] = {name: stored.pop(name) for name in ("step", "heights") if name in stored}
+    remedy = "delete it, distot certify makes it anew"
+    return restored(Certificate, stored, str(run.path / "certificate.json"), remedy), of
 
 
 class Interrupted(KeyboardInterrupt):

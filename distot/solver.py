@@ -79,17 +79,23 @@ def restore(saved: Checkpoint, problem: Problem) -> Progress:
     """The inverse of ``Progress.arrays`` and ``Progress.scalars`` on any grid, ready to run on.
 
     A process reads the vectors of its own atoms, and all pairs or those which fall to it when they are dealt out.
+    Raises StoreError for what no run of this problem can have written.
     """
     split, scalars = problem.target.split, saved.scalars
+    whole = saved.count == split.n
     world = Axis() if optim.everywhere(split) else problem.grid.world
     device = problem.target.atoms.device
     own = slice(split.first, split.first + split.count)
     state: dict[str, Any] = {name: torch.as_tensor(saved.read(name, own), device=device) for name in VECTORS}
     dealt: list[list[Tensor]] = [[] for _ in scalars["drawn"]]
     for number, (pairs, lengths) in enumerate(saved.parts("pairs", "pairs_of_step")):
+        if not _sound(pairs, lengths, split.n, len(dealt)):
+            raise StoreError(f"checkpoint {saved.name} is damaged: its pairs are not those of {split.n:,} atoms")
         begin = (world.rank - number) % world.size
         for its, part in zip(dealt, torch.from_numpy(pairs).split(lengths.tolist()), strict=True):
             its.append(part[begin :: world.size].T)
+    if not (whole and all(bool(torch.isfinite(state[name]).all()) for name in VECTORS)):
+        raise StoreError(f"checkpoint {saved.name} is damaged: it has no finite heights of {split.n:,} atoms")
     state |= {name: scalars.get(name, 0.0) for name in SCALARS}
     state["pairs"] = tuple(torch.cat(its, dim=1).to(device) for its in dealt)
     state["drawn"] = tuple(scalars["drawn"])
@@ -100,6 +106,13 @@ def restore(saved: Checkpoint, problem: Problem) -> Progress:
         scalars["started"],
         scalars["reason"],
     )
+
+
+def _sound(pairs: NDArray[Any], lengths: NDArray[Any], n: int, steps: int) -> bool:
+    """Whether these can be pairs (m, 2) of n atoms, and how many of each step they are."""
+    whole = pairs.dtype.kind == lengths.dtype.kind == "i" and pairs.shape[1:] == (2,) and lengths.shape == (steps,)
+    numbers = whole and bool((lengths >= 0).all()) and int(lengths.sum()) == len(pairs)
+    return numbers and (not len(pairs) or bool(pairs.min() >= 0 and pairs.max() < n))
 
 
 def begin(

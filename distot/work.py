@@ -235,7 +235,7 @@ def _drive(case: Case, progress: Progress | None, remarks: tuple[str, ...], room
             if run is not None and run.config["options"] != options.to_dict():
                 run.config["options"] = options.to_dict()
                 if room.grid.leads:
-                    run.save_json("config.json", run.config)
+                    run.save_config({})
             watch.tell(
                 "begin" if progress is None else "resume",
                 latents=problem.target.latents,

@@ -80,7 +80,7 @@ def cost(story: Story) -> Figure | None:
         if event["event"] == "certificate":
             found.append((at, event))
     if not found and story.stored is not None:
-        found = [(story.samples, story.stored)]
+        found = [(story.samples, story.stored[0].to_dict())]
     if not found:
         return None
     found = found[-4:]

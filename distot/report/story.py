@@ -10,8 +10,8 @@ from typing import Any
 from distot.certify import Certificate
 from distot.errors import StoreError
 from distot.identity import belongs
-from distot.schedule import Check, Options
-from distot.solution import REASONS
+from distot.schedule import Check, options_of
+from distot.solution import REASONS, stored_certificate
 from distot.store import Checkpoint, Place, Run
 from distot.watch import Event
 
@@ -56,7 +56,7 @@ class Story:
     events: tuple[Event, ...]
     checkpoint: Checkpoint | None
     heights: str  # their hash
-    stored: dict[str, Any] | None  # certificate.json
+    stored: tuple[Certificate, dict[str, Any]] | None  # the certificate in the folder, and of which heights it is
     troubles: tuple[str, ...]  # what is damaged, each a sentence
 
     @property
@@ -65,8 +65,7 @@ class Story:
 
     @property
     def options(self) -> dict[str, Any]:
-        options: dict[str, Any] = self.config["options"]
-        return options
+        return options_of(self.run).to_dict()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -128,10 +127,10 @@ class Story:
     @property
     def certificate(self) -> Certificate | None:
         """That of the newest heights."""
-        stored, found = self.stored, self.checkpoint
-        if stored is None or found is None or not belongs(stored, found.scalars["step"], self.heights):
+        if self.stored is None or self.checkpoint is None:
             return None
-        return Certificate(**{name: value for name, value in stored.items() if name not in ("step", "heights")})
+        certificate, of = self.stored
+        return certificate if belongs(of, self.checkpoint.scalars["step"], self.heights) else None
 
     @cached_property
     def notes(self) -> tuple[tuple[str, str], ...]:
@@ -148,9 +147,7 @@ class Story:
 def read(path: Place) -> Story:
     """Raises StoreError if there is no run, or its configuration cannot be read; all else that is damaged is told."""
     run = Run(path)
-    missing = {"shape", "options", "source", "latents", "created", "distot"} - set(run.config)
-    if missing or set(run.config["options"]) - {field.name for field in fields(Options)}:
-        raise StoreError(f"{path / 'config.json'} is damaged; this run cannot be read, start a new one")
+    options_of(run)  # can be read
     troubles: list[str] = []
     checkpoint, stored, heights = None, None, ""
     try:
@@ -160,10 +157,7 @@ def read(path: Place) -> Story:
     except StoreError as error:
         troubles.append(str(error))
     try:
-        stored = run.load_json("certificate.json")
-        if stored is not None and set(stored) - {"heights"} != {field.name for field in fields(Certificate)} | {"step"}:
-            stored = None
-            troubles.append(f"{path / 'certificate.json'} is damaged; delete it, distot certify makes it anew")
+        stored = stored_certificate(run)
     except StoreError as error:
         troubles.append(str(error))
     events = run.records()

@@ -24,6 +24,7 @@ Count = Annotated[int, (0, MOST - 1)]
 Real = Annotated[float, (-1e100, 1e100)]  # neither NaN nor infinite
 Seconds = Annotated[float, (0.0, 1e12)]
 Name = Annotated[str, r"\w[\w.-]*"]  # of a file or folder, and no path
+REASON = Annotated[str, "until_chi2|max_samples|max_seconds|interrupted|exact|sampled"]  # why a run has stopped
 Text = Annotated[str, r"[^\x00]+"]
 
 Form = Mapping[str, Any]

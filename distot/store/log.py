@@ -6,12 +6,51 @@ import json
 import os
 import secrets
 import time
-from typing import Any
+from typing import Annotated, Any
 
 from distot.errors import StoreError
 from distot.store.files import check_plain, explained
+from distot.store.forms import REASON, Count, Form, Malformed, Real, Seconds, check, parsed
 from distot.store.places import Place, Url
 
+SESSION: Form = {
+    **dict.fromkeys(("latents", "atoms", "dim", "step", "samples"), Count),
+    **dict.fromkeys(("source", "assigner", "device"), str),
+    "kept": str | None,
+    "seconds": Seconds,
+    "grid": Annotated[list[Annotated[int, (1, 1 << 20)]], 2] | None,
+    "environment": dict[str, Any] | None,
+}
+EVENTS: dict[str, Form] = {
+    "begin": SESSION,
+    "resume": SESSION,
+    "start": {"seconds": Seconds},
+    "assigner": {"assigner": str, "why": str},
+    "note": {"text": str},
+    "warning": {"text": str},
+    "step": {"samples": Count, "step": Count, "seconds": Seconds},
+    "check": {
+        **dict.fromkeys(("samples", "looked", "step"), Count),
+        **dict.fromkeys(("chi2", "error", "upper"), Real),
+        "close": bool,
+        "seconds": Seconds,
+    },
+    "grid": {
+        **dict.fromkeys(("search", "update", "store", "waited"), list[Seconds] | None),
+        "sent": list[Count],
+        "slowest": Count,
+    },
+    "checkpoint": {"name": str, "took": Seconds},
+    "stop": {"reason": REASON, "samples": Count, "seconds": Seconds},
+    "certificate": {
+        **dict.fromkeys(("w2_squared_bound", "w2_squared_limit", "map_cost"), float),
+        **dict.fromkeys(("w2_squared_bound_error", "map_cost_error"), float),
+        "level": Annotated[float, (0.0, 1.0)],
+        "cost": str | None,
+    },
+}
+"""What a reader of the log finds in events, and nothing else in lines that say they are such."""
+ANY: Form = {"event": str, "time": Seconds | None, "seconds": Seconds | None}
 PIECE_SECONDS = 20.0  # between two pieces; what came since the last one is lost if the process is killed
 
 
@@ -67,7 +106,9 @@ def records(run: Place) -> list[dict[str, Any]]:
 
 def _record(number: int, line: bytes) -> dict[str, Any]:
     try:
-        record = json.loads(line)
-    except ValueError:
-        record = None
-    return record if isinstance(record, dict) and "event" in record else {"event": "damaged", "line": number}
+        record = parsed(line)
+        check(record, ANY, others=True)
+        check(record, EVENTS.get(record["event"], {}), others=True)
+    except Malformed:
+        return {"event": "damaged", "line": number}
+    return record

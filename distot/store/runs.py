@@ -15,7 +15,21 @@ from distot.errors import StoreError
 from distot.grid import Axis
 from distot.store.arrays import Arrays, load, write_vector
 from distot.store.files import check_plain, explained, new_folder, write_atomically
-from distot.store.forms import MOST, Count, Each, Form, Malformed, Name, Newer, Real, Text, check, sealed, unsealed
+from distot.store.forms import (
+    MOST,
+    REASON,
+    Count,
+    Each,
+    Form,
+    Malformed,
+    Name,
+    Newer,
+    Real,
+    Text,
+    check,
+    sealed,
+    unsealed,
+)
 from distot.store.latents import copy_latents
 from distot.store.lock import Fence, writer
 from distot.store.log import Log, records
@@ -53,7 +67,7 @@ CHECKPOINT: Form = {
     "drawn": list[Count],
     "history": Each(LOOK),
     "started": bool,
-    "reason": str | None,
+    "reason": REASON | None,
 }
 CERTIFICATE: Form = {"step": Count, "heights": Text | None}
 CELLS: Form = dict.fromkeys(("step", "samples", "orbits"), Count)
@@ -104,7 +118,7 @@ class Run:
                 config["folder"] = folder.stat().st_ino
                 with writer(folder):  # where no lock can be had, nothing is left behind
                     pass
-            write_atomically(folder / "config.json", _text(config))  # last: it makes a run of it
+            write_atomically(folder / "config.json", _text(sealed(config)))  # last: it makes a run of it
         return cls(path)
 
     def _configuration(self) -> dict[str, Any]:
@@ -131,7 +145,7 @@ class Run:
     def save_config(self, changes: dict[str, Any]) -> None:
         """Replaces values of the configuration."""
         self.config |= changes
-        self.save_json("config.json", self.config)
+        self.save_json("config.json", sealed(self.config))
 
     def move_latents(self, place: str) -> None:
         """Says where the latents are now, as who writes to this folder has said."""
@@ -205,7 +219,7 @@ class Run:
 
 
 def _text(record: dict[str, Any]) -> str:
-    return json.dumps(sealed(record), indent=2) + "\n"
+    return json.dumps(record, indent=2) + "\n"
 
 
 def check_source(spec: dict[str, Any], dim: int) -> None:
