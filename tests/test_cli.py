@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import select
+import shlex
 import shutil
 import signal
 import subprocess
@@ -438,11 +439,12 @@ def test_paths_are_printed_as_they_are(launcher: Launcher, tmp_path: Path) -> No
     folder.mkdir(parents=True)
     latents, run = folder / "z.zarr", folder / "run.zarr"
     np.save(folder / "z.npy", Z)
+    typed = shlex.quote(str(latents)), shlex.quote(str(run))  # in commands, so that they can be pasted
     for child, text in (
-        (launcher.run("ingest", folder / "z.npy", latents), f"next: distot solve {latents} run.zarr"),
+        (launcher.run("ingest", folder / "z.npy", latents), f"next: distot solve {typed[0]} run.zarr"),
         (launcher.run("solve", latents, run, "--max-samples", 1500), f"\n{run}: the budget"),
-        (launcher.run("certify", run), f"go on: distot resume {run} --max-samples "),
-        (launcher.run("inspect", latents), f"distot solve {latents} run.zarr\n"),
+        (launcher.run("certify", run), f"go on: distot resume {typed[1]} --max-samples "),
+        (launcher.run("inspect", latents), f"distot solve {typed[0]} run.zarr\n"),
         (launcher.run("inspect", run), f"distot.load('{run}')\n"),
     ):
         assert child.returncode in (0, 3), child.stderr()
@@ -453,7 +455,7 @@ def test_paths_are_printed_as_they_are(launcher: Launcher, tmp_path: Path) -> No
     wait_for("a look at chi2", lambda: "samples: chi2" in child.stderr(), child)
     child.kill(signal.SIGINT)
     assert child.wait() == 130
-    assert child.stderr().endswith(f"go on with: distot resume {run}\n")
+    assert child.stderr().endswith(f"go on with: distot resume {typed[1]}\n")
 
 
 def test_progress_in_a_terminal(tmp_path: Path) -> None:
@@ -497,5 +499,7 @@ def test_progress_in_a_terminal(tmp_path: Path) -> None:
     assert re.search(r"solve .* samples/atom, [\d,]+/s", plain)
     assert "SIGINT: saving; press Ctrl-C again to quit without" in plain
     assert "stopped: it was interrupted" in plain
-    assert plain.rstrip().endswith(f"stopped by SIGINT; everything is saved, go on with: distot resume {run}")
+    assert plain.rstrip().endswith(
+        f"stopped by SIGINT; everything is saved, go on with: distot resume {shlex.quote(str(run))}"
+    )
     assert "Traceback" not in plain

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import secrets
@@ -15,11 +16,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from zarr.core.sync import sync
 
 from distot.errors import InputError, StoreError
 from distot.store.places import Place, Url
 
 NOT_OFFERED = "the file system does not offer that; choose a folder on another one, a local disk say"
+SETTLED = 10.0  # seconds to wait for what zarr is writing when that was broken off
 SMALL_BYTES = 1 << 28  # files of JSON are smaller
 
 
@@ -135,21 +138,33 @@ def new_folder(path: Place) -> Iterator[Place]:
             yield path
             claim.unlink()
         except BaseException:
+            _settle()
             remove(path)
             raise
         return
     with explained("write", path):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.partial-{secrets.token_hex(4)}")
-        partial.mkdir()
         try:
+            partial.mkdir()
             yield partial
             flush_tree(partial)
             partial.rename(path)
         except BaseException:
+            _settle()
             shutil.rmtree(partial, ignore_errors=True)
             raise
         flush(path.parent)
+
+
+def _settle() -> None:
+    """Waits until zarr has written what it is at in its own thread; a signal breaks off the waiting for it alone."""
+
+    async def others() -> None:
+        await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}), return_exceptions=True)
+
+    with suppress(TimeoutError):
+        sync(others(), timeout=SETTLED)
 
 
 @contextmanager
