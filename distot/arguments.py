@@ -83,6 +83,12 @@ NewRun = Annotated[
 RunPath = Annotated[Any, typer.Argument(parser=as_place, metavar="RUN.zarr", help="A run folder.")]
 
 
+def said_in(context: typer.Context) -> set[str]:
+    """Names of the options that were given, and not left to their defaults."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source is not None and not source.name.startswith("DEFAULT")}
+
+
 def numbers(path: Path | None, default: float) -> Any:
     """The array in an npy file, or the default if no file is given. Raises InputError if it cannot be read."""
     return default if path is None else np.array(read_npy(path))

@@ -20,6 +20,7 @@ import typer
 
 import distot
 from distot import uses
+from distot.again import go_on
 from distot.arguments import (
     Count,
     Device,
@@ -37,6 +38,7 @@ from distot.arguments import (
     numbers,
     parse_count,
     parse_goal,
+    said_in,
 )
 from distot.console import err, execute, out, print_json, report, say, speak
 from distot.errors import DistotWarning, InputError
@@ -127,6 +129,7 @@ def ingest(
 
 @app.command()
 def solve(
+    context: typer.Context,
     latents: LatentsPath,
     run: NewRun,
     source: Annotated[
@@ -177,6 +180,9 @@ def solve(
         bool, typer.Option("--exact", help="In the plane: then make all masses exact, by Newton's method.")
     ] = False,
     memory: Memory = None,
+    again: Annotated[
+        bool, typer.Option("--again", help="If the run is there already, go on with it, if anything is left to do.")
+    ] = False,
     workers: Workers = None,
     replicas: Replicas = 1,
     ray: RayAddress = None,
@@ -191,32 +197,29 @@ def solve(
     """
     if top_k is not None and epsilon is None:
         raise InputError("--top-k is for the entropic problem alone; give --epsilon, or leave it out")
-    solution = distot.solve(
-        latents,
-        _source(source, latents, mean=mean, cov=cov, low=low, high=high, radius=radius),
-        until_chi2=None if until_chi2 == math.inf else until_chi2,
-        max_samples=max_samples,
-        max_seconds=max_seconds,
-        seed=seed,
-        device=device,
-        assigner=assigner,
-        recall=recall,
-        init=init,
-        epsilon=epsilon,
-        top_k=32 if top_k is None else top_k,
-        run=run,
-        checkpoint_seconds=checkpoint_seconds,
-        certificate_samples=certificate_samples,
-        exact=exact,
-        memory=memory,
-        workers=workers,
-        replicas=replicas,
-        ray=ray,
-        progress=None,
-        on_event=_listener(tensorboard),
-        cost=cost,
-    )
-    return _finish(solution, run, as_json)
+    shape = {"mean": mean, "cov": cov, "low": low, "high": high, "radius": radius}
+    wanted: dict[str, Any] = {
+        "until_chi2": None if until_chi2 == math.inf else until_chi2,
+        "max_samples": max_samples,
+        "max_seconds": max_seconds,
+        "seed": seed,
+        "device": device,
+        "assigner": assigner,
+        "recall": recall,
+        "epsilon": epsilon,
+        "top_k": 32 if top_k is None else top_k,
+        "checkpoint_seconds": checkpoint_seconds,
+        "certificate_samples": certificate_samples,
+        "exact": exact,
+        "memory": memory,
+        "cost": cost,
+    }
+    where: dict[str, Any] = {"workers": workers, "replicas": replicas, "ray": ray, "on_event": _listener(tensorboard)}
+    law = _source(source, latents, **shape)
+    if again and run.exists():
+        said = said_in(context)
+        return _again(run, latents, law if said & {"source", *shape} else None, said, wanted, where, as_json)
+    return _finish(distot.solve(latents, law, run=run, init=init, **wanted, **where), run, as_json)
 
 
 @app.command()
@@ -408,8 +411,40 @@ def _gaussian(dim: int, mean: Path | None = None, cov: Path | None = None) -> Ga
     return Gaussian(numbers(mean, 0.0), numbers(cov, 1.0), dim)
 
 
+def _again(
+    run: Place,
+    latents: Place,
+    source: object,
+    said: set[str],
+    wanted: dict[str, Any],
+    where: dict[str, Any],
+    as_json: bool,
+) -> int:
+    """Goes on with a run that is there, as far as what was said lets it; what is done already is only told."""
+    heard: set[str] = set()
+    listen = where["on_event"]
+
+    def hear(event: dict[str, Any]) -> None:
+        heard.add(event["event"])
+        listen(event)
+
+    words = {name: value for name, value in wanted.items() if name in said}
+    solution = go_on(run, latents, source, None, words | where | {"on_event": hear}, "init" in said)
+    if heard & {"begin", "resume"} or as_json:
+        return _finish(solution, run, as_json)
+    code = _missed(solution)
+    more = "give a larger --max-samples to go on" if code == BUDGET else "nothing is left to do"
+    out.print(f"{run}: {solution.explanation}; {more}", soft_wrap=True)
+    inspect(run)
+    return code
+
+
 def _finish(solution: Solution, run: Place, as_json: bool) -> int:
     report(solution, run, as_json)
+    return _missed(solution)
+
+
+def _missed(solution: Solution) -> int:
     options, reason = solution.options, solution.reason
     missed = reason != "exact" and (options.exact or (options.until_chi2 is not None and reason != "until_chi2"))
     return BUDGET if missed else GOAL
