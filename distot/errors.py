@@ -5,9 +5,19 @@ The command line prints the message alone; no traceback belongs to a mistake tha
 
 from __future__ import annotations
 
+import re
+
+
+def without_passwords(text: str) -> str:
+    """A text whose addresses have lost the user and password that stand before their @."""
+    return re.sub(r"([a-z][a-z0-9+.-]*://)[^/\s'\"]*@", r"\1***@", text, flags=re.IGNORECASE)
+
 
 class DistotError(Exception):
-    """Base of every error that distot raises on purpose."""
+    """Base of every error that distot raises on purpose. No password of an address is in its message."""
+
+    def __init__(self, *about: object) -> None:
+        super().__init__(*(without_passwords(its) if isinstance(its, str) else its for its in about))
 
 
 class InputError(DistotError, ValueError):

@@ -4,22 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from distot.errors import without_passwords
 from distot.watch import Event, Ours, together
+
+CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
+CONTROLS |= dict.fromkeys(
+    [0x7F, *range(0x80, 0xA0), 0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A)], 0xFFFD
+)
 
 
 class Screen(Console):
-    """Prints text as it is: [brackets] and :colons: belong to paths. What cannot be written is an OSError."""
+    """Prints text as it is: [brackets] and :colons: belong to paths. What cannot be written is an OSError.
+
+    Control characters are shown and not sent, for names and texts from files must not give orders to a terminal; nor is
+    a password in an address printed.
+    """
 
     def __init__(self, *, stderr: bool) -> None:
         super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False)
 
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*map(harmless, objects), **options)
+
     def on_broken_pipe(self) -> None:
         raise  # where rich would end the process
+
+
+def harmless(text: Any) -> Any:
+    """A text for the terminal, with a visible sign for each control character."""
+    if isinstance(text, Text):
+        shown = text.copy()
+        shown.plain = text.plain.translate(CONTROLS)  # as long as before, so that styles stay where they are
+        return shown
+    return without_passwords(text).translate(CONTROLS) if isinstance(text, str) else text
 
 
 @contextmanager
