@@ -62,6 +62,13 @@ def open_node(path: Place, foreign: bool = False, links: bool = False) -> zarr.A
         raise StoreError(f"{path} {what}; make one with: distot ingest {typed(data)} {typed(store_name)}") from None
 
 
+def open_to_write(path: Place) -> zarr.Group:
+    """A group that distot has written, to go on with."""
+    store = NumbersOnly(zarr_store(path), path)
+    with meaningful(path):
+        return zarr.open_group(store, mode="r+", zarr_format=3)
+
+
 def refusals(group: zarr.Group) -> dict[str, str]:
     """Why some arrays of a group that was opened here are not in it, by their names."""
     assert isinstance(group.store, NumbersOnly)

@@ -61,7 +61,8 @@ def fits(value: object, hint: Any) -> bool:
     if origin is list:
         return isinstance(value, list) and all(fits(one, arguments[0]) for one in value)
     if origin is dict:
-        return isinstance(value, dict) and all(fits(one, arguments[1]) for one in value.values())
+        names, values = arguments
+        return isinstance(value, dict) and all(fits(name, names) and fits(one, values) for name, one in value.items())
     if isinstance(hint, Each):
         return isinstance(value, list) and all(_is_record(one, hint.form) for one in value)
     if hint is Any:

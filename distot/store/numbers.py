@@ -37,7 +37,7 @@ class NumbersOnly(WrapperStore[Store]):
 
     def __init__(self, store: Store, path: Place, links: bool = False) -> None:
         super().__init__(store)
-        self.path, self.links = path, links
+        self.path, self.links, self.folder = path, links, path.absolute() if isinstance(path, Path) else None
         self.refused: dict[str, str] = {}
 
     def _with_store(self, store: Store) -> NumbersOnly:
@@ -69,13 +69,13 @@ class NumbersOnly(WrapperStore[Store]):
 
     def _admit(self, key: str, small: bool) -> None:
         """Raises StoreError for what is no file, or not in this folder."""
-        if not isinstance(self.path, Path):
+        if self.folder is None:
             return
-        file = self.path / key
+        file = self.folder / key
         if not self.links:
             for part in PurePosixPath(key).parents:
                 if part.name:
-                    check_plain(self.path / part)
+                    check_plain(self.folder / part)
         check_plain(file, self.links)
         if small and file.is_file() and file.stat().st_size > SMALL_BYTES:
             raise StoreError(f"{file} is larger than any such file can be; make the store anew")

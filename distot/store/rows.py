@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import zarr
@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec
 
 from distot.errors import InputError, StoreError
-from distot.store.arrays import Arrays, meaningful, open_node, read, write_vector
+from distot.store.arrays import Arrays, meaningful, open_node, open_to_write, read, write_vector
 from distot.store.files import explained, flush, need_space, new_folder, write_atomically
+from distot.store.forms import MOST, Count, Form, Malformed, Name, check
 from distot.store.lock import Fence, TakenOver, writer
 from distot.store.places import Opened, Place, as_place, zarr_store
 
@@ -27,6 +28,14 @@ FORMAT, VERSION = "distot-rows", 1
 LEAST_BYTES, MOST_BYTES, PIECES = 1 << 20, 64 << 20, 4096  # a shard is 1/4096 of its array, within these bounds
 # attributes that ``about`` may not have
 OWN = ("format", "version", "rows", "columns", "vectors", "written", "state", "unfinished")
+
+ATTRIBUTES: Form = {
+    "rows": Annotated[int, (1, MOST - 1)],
+    "written": Count,
+    "state": dict[str, Any],
+    "vectors": list[Name],
+    "columns": dict[Name, Annotated[list[str | Annotated[int, (1, MOST - 1)] | None], 2]],
+}
 
 Columns = Mapping[str, tuple[str, int | None]]
 """Names of arrays with their dtype and d; None instead of d makes the array (N,)."""
@@ -48,16 +57,21 @@ class RowFile:
             raise StoreError(f"{self.path} holds no rows written by distot")
         if attributes.get("version") != VERSION:
             raise StoreError(f"{self.path} was written by another version of distot; read it with that version")
-        with meaningful(self.path):
-            self.arrays: dict[str, Any] = {
-                name: node[name] for name in [*attributes["columns"], *attributes["vectors"]]
-            }
+        try:
+            check(attributes, ATTRIBUTES, others=True)
+            with meaningful(self.path):
+                self.arrays: dict[str, Any] = {
+                    name: node[name] for name in [*attributes["columns"], *attributes["vectors"]]
+                }
+            _check_form(self.arrays, attributes)
+        except Malformed as error:
+            raise StoreError(f"a zarr.json in {self.path} is damaged ({error}); delete it, and make it anew") from error
         self.rows, self.written = int(attributes["rows"]), int(attributes["written"])
         self.kept, self.state = attributes, attributes["state"]
         self.about = {name: value for name, value in attributes.items() if name not in OWN}
 
     def __reduce__(self) -> tuple[type[RowFile], tuple[Place]]:
-        return RowFile, (self.path,)  # opened again in another process
+        return RowFile, (self.opened.place,)  # opened again in another process
 
     @property
     def complete(self) -> bool:
@@ -85,7 +99,7 @@ class RowWriter:
     def __init__(self, found: RowFile, columns: Columns, fence: Fence) -> None:
         self.path, self.rows, self.written, self.state = found.path, found.rows, found.written, found.state
         self.kept, self.fence = found.kept, fence
-        group = zarr.open_group(zarr_store(self.path), mode="r+")
+        group = open_to_write(self.path)
         self.arrays: dict[str, Any] = {name: group[name] for name in columns}
         self.shard = min((its.shards or its.chunks)[0] for its in self.arrays.values())
         self.buffer = {name: np.empty((self.shard, *its.shape[1:]), its.dtype) for name, its in self.arrays.items()}
@@ -155,6 +169,19 @@ class RowWriter:
         self.written, self.state = written, state
 
 
+def _check_form(arrays: dict[str, Any], about: dict[str, Any]) -> None:
+    """Raises Malformed unless the arrays are those that were announced."""
+    if about["written"] > about["rows"]:
+        raise Malformed(f"{about['written']:,} rows are written of {about['rows']:,}")
+    for name, its in arrays.items():
+        if not isinstance(its, zarr.Array):
+            raise Malformed(f"{name} is no array")
+        if name in about["columns"]:
+            dtype, d = about["columns"][name]
+            if (its.shape, str(its.dtype)) != ((about["rows"], *([] if d is None else [d])), dtype):
+                raise Malformed(f"{name} has shape {its.shape} and type {its.dtype}, which were not announced")
+
+
 @contextmanager
 def new_rows(
     path: str | Place,
@@ -182,6 +209,9 @@ def new_rows(
         need_space(path, rows * sum(bytes_each.values()))
         with explained("write", path), new_folder(path) as folder:
             _begin(folder, rows, columns, about, vectors, _shape(rows, max(bytes_each.values()), block))
+            if isinstance(folder, Path):  # where no lock can be had, nothing is left behind
+                with writer(folder):
+                    pass
     found = RowFile(path)
     _check(found, about, vectors)
     if found.complete:
