@@ -9,7 +9,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import ArrayLike
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from distot import work
 from distot.case import Listen, Room
 from distot.errors import InputError
 from distot.generate import Mixing
+from distot.given import array
 from distot.outputs import AssignFile, Generate, Made
 from distot.schedule import Options
 from distot.solution import Solution
@@ -99,7 +99,7 @@ def solve(
     )
     if exact and workers is not None:
         raise InputError(f"exact masses are computed in this process alone; leave workers={workers} or exact away")
-    given = None if mass is None else np.asarray(mass)
+    given = None if mass is None else array(mass, "mass")
     task = work.Solve(_path(latents), source, given, options, None if run is None else as_place(run), _path(init))
     return do(task, workers, replicas, ray, device, progress, on_event)
 
@@ -198,7 +198,7 @@ def assign_file(
 
     Raises InputError for samples of another shape, NaN, or a file that cannot be read; StoreError as ``load`` does.
     """
-    given = as_place(samples) if isinstance(samples, str | Path | Url) else np.asarray(samples)
+    given = as_place(samples) if isinstance(samples, str | Path | Url) else array(samples, "the array of samples")
     task = AssignFile(as_place(run), source, _path(latents), _on(device), samples=given, out=as_place(out))
     found: int = do(task, workers, replicas, ray, device)
     return found

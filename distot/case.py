@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from distot import assign, exact, optim, solver, start
 from distot.assign import Assigner
 from distot.atoms import Rows
 from distot.certify import Certificate
 from distot.errors import InputError, StoreError
+from distot.given import array
 from distot.grid import Grid
 from distot.identity import belongs, check_source, heights_of, masses_of
 from distot.problem import Problem, build_problem
@@ -85,9 +85,9 @@ class Case:
             progress.history,
             progress.reason,
             target.notes + remarks,
-            self.run,
+            None if self.run is None else self.run.anywhere(),
         )
-        return Solution(facts, certificate, lambda: Held(self.problem, self.assigner, progress, self.rows, self.mass))
+        return Solution(facts, certificate, Kept(self, progress))
 
     def keep(self, certificate: Certificate, progress: Progress) -> None:
         """Writes the certificate of these heights to the run folder, if there is one."""
@@ -217,9 +217,7 @@ def as_rows(latents: object) -> Rows:
     """Latents as rows that can be read by range, in a floating dtype that a store can hold."""
     if isinstance(latents, str | Path | Url):
         return open_latents(latents)
-    if isinstance(latents, Tensor):
-        latents = (latents.float() if latents.dtype == torch.bfloat16 else latents).detach().cpu().numpy()
-    rows = np.asarray(latents)
+    rows = array(latents, "the array of latents")
     if rows.dtype.kind in "iu" or (rows.dtype.kind == "f" and rows.dtype.itemsize not in (2, 4, 8)):
         rows = rows.astype(np.float64)
     return rows.astype(rows.dtype.newbyteorder("="), copy=False)
@@ -248,3 +246,85 @@ def _problem(rows: Rows, source: object, mass: Any, options: Options, room: Room
         raise StoreError(f"{rows.path} has changed since it was written (its fingerprint differs); ingest it again")
     notes = tuple(note for its in (rows, source) if isinstance(its, Latents) for note in its.notes)
     return replace(problem, target=replace(problem.target, notes=notes + problem.target.notes)) if notes else problem
+
+
+class Kept:
+    """What is in memory of a solution, for ``Solution.held``; a pickle of it is what makes it anew elsewhere.
+
+    whole: the pickle has all of the progress, and not the heights alone.
+    """
+
+    def __init__(self, case: Case, progress: Progress, whole: bool = True) -> None:
+        self.case, self.progress, self.whole = case, progress, whole
+
+    def __call__(self) -> Held:
+        case = self.case
+        return Held(case.problem, case.assigner, self.progress, case.rows, case.mass)
+
+    def slim(self) -> Kept:
+        return Kept(self.case, self.progress, False)
+
+    def __reduce__(self) -> tuple[type[Packed], tuple[Any, ...]]:
+        case, problem = self.case, self.case.problem
+        content = problem.source, case.mass, case.options, problem.target.fingerprint
+        progress = _with(self.progress, lambda its: its.cpu().numpy())
+        return Packed, (_place(case), *content, progress if self.whole else _slim(progress), self.whole)
+
+    def __deepcopy__(self, memo: object) -> Kept:
+        return self  # nothing of it ever changes
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A solution on its way to another process, which builds the problem when it is asked for."""
+
+    latents: Place | NDArray[Any]
+    source: Source
+    mass: NDArray[Any] | None
+    options: Options
+    fingerprint: str
+    progress: Progress  # with arrays instead of tensors
+    whole: bool = True
+
+    def __call__(self) -> Held:
+        rows = as_rows(self.latents)
+        problem = _problem(rows, self.source, self.mass, self.options, Room())
+        if problem.target.fingerprint != self.fingerprint:
+            raise StoreError(
+                f"the latents at {self.latents} are others than those that were solved for (their fingerprint "
+                "differs); put those back, or solve for these"
+            )
+        device = problem.target.atoms.device
+        progress = _with(self.progress, lambda its: torch.as_tensor(its, device=device))
+        search = assign.over(problem, self.options.assigner, self.options.recall)
+        return Held(problem, search, progress, rows, self.mass, self.whole)
+
+    def slim(self) -> Packed:
+        return replace(self, progress=_slim(self.progress), whole=False)
+
+    def __deepcopy__(self, memo: object) -> Packed:
+        return self
+
+
+def _with(progress: Progress, by: Callable[[Any], Any]) -> Progress:
+    """The same progress, its tensors changed into something else."""
+    state = progress.state
+    vectors = {name: by(getattr(state, name)) for name in solver.VECTORS}
+    return replace(progress, state=replace(state, pairs=tuple(map(by, state.pairs)), **vectors))
+
+
+def _slim(progress: Progress) -> Progress:
+    """The heights alone."""
+    state, none = progress.state, progress.state.average[:0]
+    few = replace(state, heights=state.average, margin_sum=none, margin_count=none, pairs=(), drawn=())
+    return replace(progress, state=few)
+
+
+def _place(case: Case) -> Place | NDArray[Any]:
+    """Where another process finds the latents of a case; those in memory themselves, if no file has them."""
+    if isinstance(case.rows, Latents):
+        return case.rows.place
+    copied = None if case.run is None else case.run.anywhere().path / "latents.zarr"
+    if case.run is not None and copied is not None and case.run.config["latents"] == copied.name and copied.exists():
+        return copied
+    return np.asarray(case.rows)

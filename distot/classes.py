@@ -26,6 +26,7 @@ from distot.atoms import Rows
 from distot.case import as_rows, source_place
 from distot.errors import InputError
 from distot.fingerprint import fingerprint_of
+from distot.given import array
 from distot.solution import Solution
 from distot.store import Latents, Place, RowFile, Run, as_place, check_out, copy_latents, new_rows, open_latents
 from distot.target import check_mass, check_rows
@@ -92,7 +93,7 @@ def solve_classes(
     check_rows(rows)
     count = rows.shape[0]
     given = mass if mass is not None or not isinstance(rows, Latents) else rows.mass
-    weight = check_mass(None if given is None else np.asarray(given), count)[0]
+    weight = check_mass(None if given is None else array(given, "mass"), count)[0]
     names, code = _coded(labels, weight)
     folder = None if run is None else as_place(run)
     works = [_Work(label, np.flatnonzero(code == number), folder) for number, label in enumerate(names)]
@@ -129,7 +130,7 @@ def _together(
 
 def _coded(labels: ArrayLike, weight: NDArray[np.float64]) -> tuple[list[Label], NDArray[np.int32]]:
     """The distinct labels as plain Python values, and the class of each latent (N,)."""
-    given = np.asarray(labels)
+    given = array(labels, "the array of labels")
     if given.shape != weight.shape or given.dtype.kind not in "iubU":
         raise InputError(
             f"labels must be whole numbers or text of shape ({len(weight)},), one for each latent, not {given.dtype} "

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from distot.errors import InputError
+from distot.given import numbers
 from distot.source import Product, Samples, Source, as_source
 
 
@@ -28,7 +29,7 @@ def conditional(
 
     Raises InputError for shapes that do not go together, or a beta that is not positive.
     """
-    y, c = np.asarray(latents, dtype=np.float64), np.asarray(conditions, dtype=np.float64)
+    y, c = numbers(latents, "the array of latents"), numbers(conditions, "the array of conditions")
     if y.ndim != 2 or c.ndim != 2 or len(y) != len(c):
         raise InputError(f"latents (N, d) and conditions (N, m) must have as many rows; they are {y.shape}, {c.shape}")
     if not (np.isfinite(beta) and beta > 0):

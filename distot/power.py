@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distot.errors import InputError
+from distot.given import numbers
 
 Array = NDArray[np.float64]
 
@@ -169,11 +170,11 @@ def centred(heights: Array, mass: Array) -> Array:
 
 def heights_to_weights(heights: Array, latents: Array) -> Array:
     """Laguerre weights w (N,) of heights h (N,), math (6); also POT's and OTT's potential g, math (7)."""
-    y = np.asarray(latents, dtype=np.float64)
-    return 2.0 * np.asarray(heights, dtype=np.float64) + np.einsum("nd,nd->n", y, y)
+    y = numbers(latents, "the array of latents")
+    return 2.0 * numbers(heights, "heights") + np.einsum("nd,nd->n", y, y)
 
 
 def weights_to_heights(weights: Array, latents: Array) -> Array:
     """Heights h (N,) of Laguerre weights, or of a POT / OTT potential g (N,); math (6), (7)."""
-    y = np.asarray(latents, dtype=np.float64)
-    return 0.5 * (np.asarray(weights, dtype=np.float64) - np.einsum("nd,nd->n", y, y))
+    y = numbers(latents, "the array of latents")
+    return 0.5 * (numbers(weights, "weights") - np.einsum("nd,nd->n", y, y))

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from distot.entropic import potential
 from distot.errors import InputError
 from distot.exact import ExactCells, exact_cells
 from distot.generate import Generated, Generator, Mixing
+from distot.given import numbers
 from distot.grid import Axis
 from distot.identity import heights_of, map_of, masses_of
 from distot.power import Array, heights_to_weights
@@ -64,20 +64,47 @@ class Held:
     progress: Progress
     latents: Rows
     mass: NDArray[Any] | None
+    whole: bool = True  # progress is all that a run needs to go on, and not the heights alone
+
+
+class Hold(Protocol):
+    """Gives what a solution holds, when it is asked for; can be pickled."""
+
+    def __call__(self) -> Held: ...
+
+    def slim(self) -> Hold:
+        """The same, of which a pickle has of all progress the heights alone."""
+        ...
 
 
 class Solution:
-    """Heights of the semi-discrete OT problem between a source and N latents, with all that belongs to them."""
+    """Heights of the semi-discrete OT problem between a source and N latents, with all that belongs to them.
 
-    def __init__(self, facts: Facts, certificate: Certificate | None, hold: Callable[[], Held]) -> None:
-        self.facts, self._certificate, self._hold = facts, certificate, hold
+    A pickle has the heights, and of latents in a store the absolute path; latents in memory are in it, unless the run
+    folder has them. They are read and compared with their fingerprint when they are needed.
+    """
+
+    def __init__(self, facts: Facts, certificate: Certificate | None, hold: Hold) -> None:
+        self.facts, self._certificate, self.hold = facts, certificate, hold
         self._sums: Sums | None = None
         self.scratch: object = None  # temporary files that must live as long as this does
 
     @cached_property
     def held(self) -> Held:
         """Latents and heights; a solution found by other processes reads them on first use."""
-        return self._hold()
+        return self.hold()
+
+    def slim(self) -> Solution:
+        """The same solution, whose pickle leaves out what only ``save`` needs: of N numbers it has one."""
+        found = Solution(self.facts, self._certificate, self.hold.slim())
+        found.scratch = self.scratch
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("held", "scratch")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state | {"scratch": None})
 
     @property
     def problem(self) -> Problem:
@@ -289,9 +316,7 @@ class Solution:
     def _checked(self, x: ArrayLike | Tensor) -> Tensor:
         """Samples (B, d) float64 on the CPU. Raises InputError for a wrong shape or NaN."""
         dim = self.problem.target.dim
-        values = (
-            x.detach().cpu().double() if isinstance(x, Tensor) else torch.as_tensor(np.asarray(x, dtype=np.float64))
-        )
+        values = torch.from_numpy(numbers(x, "the array of samples"))
         if values.ndim != 2 or values.shape[1] != dim:
             raise InputError(f"samples must have shape (B, {dim}), not {tuple(values.shape)}")
         if not bool(torch.isfinite(values).all()):
@@ -305,8 +330,10 @@ class Solution:
     def save(self, path: str | Place) -> Place:
         """Writes a self-contained run folder, with a copy of the latents, for ``distot.load`` and ``distot resume``.
 
-        Raises StoreError if ``path`` exists or cannot be written.
+        Raises StoreError if ``path`` exists or cannot be written, InputError for what ``slim`` has left out.
         """
+        if not self.held.whole:
+            raise InputError("this solution came from another process with heights alone; save it where it was made")
         held, progress = self.held, self.held.progress
         config, arrays = describe(held.problem, self.options, "latents.zarr", held.mass, held.latents)
         check_out(as_place(path), None if self.run is None else self.run.path, getattr(held.latents, "path", None))

@@ -20,6 +20,7 @@ from distot import descent, finish, solver, start
 from distot.case import OWN_LATENTS, Case, Room, locked, new_case, open_case, source_place
 from distot.environment import environment
 from distot.errors import DistotWarning, InputError, StoreError
+from distot.given import numbers
 from distot.problem import Problem
 from distot.progress import listener
 from distot.schedule import Options, StopRule
@@ -210,7 +211,7 @@ def _init(init: object, problem: Problem, options: Options, room: Room) -> NDArr
         if held.problem.target.dim != target.dim:
             raise InputError(f"init was solved in dimension {held.problem.target.dim}, the latents have {target.dim}")
         return start.transfer(problem, held.problem, held.progress.state.average, options.assigner).cpu().numpy()
-    heights = np.asarray(init, dtype=np.float64)
+    heights = numbers(init, "init")
     if heights.shape != (target.latents,):
         raise InputError(
             f"init must hold one height for each of the {target.latents:,} latents, its shape is {heights.shape}; "

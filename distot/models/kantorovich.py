@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from distot.api import solve
 from distot.errors import InputError
+from distot.given import numbers
 from distot.solution import Solution
 
 DECAY, PRIOR = 0.95, 5.0  # of margins and counts from step to step; samples that a mean margin is worth
@@ -54,12 +55,13 @@ class Critic(nn.Module):
         self, data: ArrayLike | Tensor, mass: ArrayLike | None = None, cost: Literal["w2", "w1"] = "w2"
     ) -> None:
         super().__init__()
-        y = torch.as_tensor(np.asarray(data) if not isinstance(data, Tensor) else data).float().flatten(1)
+        y = data if isinstance(data, Tensor) else torch.from_numpy(numbers(data, "the array of data"))
+        y = y.float().flatten(1)
         if y.ndim != 2 or len(y) < 2 or not bool(torch.isfinite(y).all()):
             raise InputError(f"data must be (N, d) finite numbers with N >= 2, not {tuple(y.shape)}")
         if cost not in ("w2", "w1"):
             raise InputError(f"the cost is w2, ½|x - y|², or w1, |x - y|; not {cost!r}")
-        nu = torch.ones(len(y)) if mass is None else torch.as_tensor(np.asarray(mass)).float()
+        nu = torch.ones(len(y)) if mass is None else torch.from_numpy(numbers(mass, "mass")).float()
         if nu.shape != (len(y),) or not bool((nu > 0).all()):
             raise InputError(f"mass must be {len(y)} positive numbers, one for each datum")
         self.cost = cost

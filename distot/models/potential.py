@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from distot.api import solve
 from distot.errors import InputError
+from distot.given import array, numbers
 from distot.models.autoencoder import dense
 from distot.solution import Solution
 from distot.source import Key, Stream
@@ -59,7 +60,7 @@ class Potential(nn.Module):
 
     def map(self, x: ArrayLike | Tensor) -> Tensor:
         """T(x) = x - grad phi(x), (B, d) float32. Raises InputError for another d."""
-        values = torch.as_tensor(np.asarray(x) if not isinstance(x, Tensor) else x).float()
+        values = (x if isinstance(x, Tensor) else torch.from_numpy(numbers(x, "the array of samples"))).float()
         if values.ndim != 2 or values.shape[1] != len(self.mean):
             raise InputError(f"samples must have shape (B, {len(self.mean)}), not {tuple(values.shape)}")
         values = values.to(self.mean.device)
@@ -102,7 +103,7 @@ def fit_batches(
     smaller ``size`` is; with a run of all latents at hand ``fit`` is better. Raises InputError.
     """
     how = how or Fit()
-    y = np.asarray(latents)
+    y = array(latents, "the array of latents")
     if y.ndim != 2 or not 2 <= size <= len(y):
         raise InputError(f"latents are (N, d), and 2 <= size <= N; they are {y.shape}, and size is {size}")
     random = np.random.default_rng(how.seed)

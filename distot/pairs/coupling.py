@@ -17,6 +17,7 @@ from torch import Tensor
 from distot.assign import Winners
 from distot.atoms import SHARE, Rows, available
 from distot.entropic import Soft
+from distot.given import array
 from distot.orbit import Orbit
 from distot.pairs.noise import Chance, Noise, check_seed
 from distot.solution import Solution
@@ -54,7 +55,7 @@ class Coupling:
         """Wanted masses of the latents (N,)."""
         held = self.solution.held
         mass = held.latents.mass if held.mass is None and isinstance(held.latents, Latents) else held.mass
-        return check_mass(None if mass is None else np.asarray(mass), self.latents)[0]
+        return check_mass(None if mass is None else array(mass, "mass"), self.latents)[0]
 
     @cached_property
     def groups(self) -> tuple[Index, Index]:

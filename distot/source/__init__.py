@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from distot.errors import InputError
 from distot.source.base import BLOCK, Key, Source, Spec, Stream, uniforms
@@ -50,14 +48,12 @@ def as_source(source: object, dim: int) -> Source:
         if source not in named:
             raise InputError(f"unknown source {source!r}; choose one of {', '.join(named)}, an array or a callable")
         return named[source]()
-    if isinstance(source, Tensor):
-        source = source.detach().cpu().numpy()
     if isinstance(source, Source):
         found = source
     elif callable(source):
         found = Sampler(source, dim)
     else:
-        found = Samples(np.asarray(source))
+        found = Samples(source)  # type: ignore[arg-type]
     if found.dim != dim:
         raise InputError(
             f"the source has dimension {found.dim} and the latents have dimension {dim}; "

@@ -5,6 +5,7 @@ Legend: n samples or rows, d dimension.
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,9 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from distot.environment import callers
 from distot.errors import InputError
+from distot.given import array, numbers
 from distot.power import Array
 from distot.source.base import BLOCK, Key, Source, Spec, Stream
 from distot.source.shapes import Gaussian
@@ -25,7 +28,7 @@ class Samples(Source):
     kind = "samples"
 
     def __init__(self, rows: ArrayLike) -> None:
-        r = np.asarray(rows)
+        r = array(rows, "the array of the source")
         if r.ndim != 2 or r.shape[0] < 1 or not np.issubdtype(r.dtype, np.number) or np.iscomplexobj(r):
             raise InputError(f"an array source must be real and of shape (n, d) with n >= 1, not {r.dtype} {r.shape}")
         bad = ~np.isfinite(r).all(axis=1)
@@ -71,7 +74,7 @@ class Sampler(Source):
         return None
 
     def centred(self, key: Key, n: int) -> Tensor:
-        x = np.asarray(self.sample(key.generator(), n), dtype=np.float64)
+        x = numbers(self.sample(key.generator(), n), "what the sampler gave")
         if x.shape != (n, self.dim):
             raise InputError(f"the sampler gave an array of shape {x.shape} where ({n}, {self.dim}) was asked for")
         if not np.isfinite(x).all():
@@ -81,6 +84,21 @@ class Sampler(Source):
     def moments(self, seed: int) -> tuple[Array, Array]:
         keys = [Key(seed, Stream.MOMENTS, 0, block) for block in range(self.MOMENT_BLOCKS)]
         return _moments(torch.cat([self.draw(key, BLOCK) for key in keys]).numpy())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Raises InputError for a function that a pickle cannot name, unless it takes code as well."""
+        try:
+            pickle.dumps(self.sample)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            if not any(callers("cloudpickle")):
+                raise InputError(
+                    f"the source {self.sample!r} cannot be handed to another process ({error}); define it at the top "
+                    "of a module, as a function or a class"
+                ) from error
+        return self.__dict__
+
+    def __deepcopy__(self, memo: object) -> Sampler:
+        return self
 
     def spec(self) -> tuple[Spec, dict[str, NDArray[Any]]]:
         name = getattr(self.sample, "__qualname__", type(self.sample).__name__)

@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from distot.errors import InputError
+from distot.given import numbers
 from distot.power import Array
 from distot.source.base import Source, Spec
 
@@ -21,7 +22,7 @@ class Gaussian(Source):
     symmetry = "rotations"
 
     def __init__(self, mean: ArrayLike = 0.0, cov: ArrayLike = 1.0, dim: int | None = None) -> None:
-        m, c = np.asarray(mean, dtype=np.float64), np.asarray(cov, dtype=np.float64)
+        m, c = numbers(mean, "the mean"), numbers(cov, "the covariance")
         sizes = {int(a.shape[0]) for a in (m, c) if a.ndim}
         if dim is not None:
             sizes.add(dim)
@@ -105,7 +106,7 @@ class Round(Source):
 
     def __init__(self, dim: int, radius: float = 1.0, centre: ArrayLike = 0.0) -> None:
         super().__init__(dim)
-        c = np.asarray(centre, dtype=np.float64)
+        c = numbers(centre, "the centre")
         if c.shape not in ((), (dim,)) or not np.isfinite(c).all():
             raise InputError(f"{type(self).__name__}: centre must be finite, a scalar or ({dim},), not {c.shape}")
         if not (np.isfinite(radius) and radius > 0):
