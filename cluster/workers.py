@@ -5,15 +5,17 @@ from __future__ import annotations
 import tempfile
 import time
 from dataclasses import fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from cluster.group import Group, Shape, WorkersLost
 from cluster.member import Answer
-from distot.case import Listen, Room, as_rows
-from distot.errors import InputError
+from distot.case import Kept, Listen, Room, as_rows
+from distot.errors import InputError, StoreError
 from distot.progress import listener
-from distot.solution import Interrupted, Solution
+from distot.solution import Facts, Held, Interrupted, Solution
+from distot.source import Source
 from distot.store import Place, Url, copy_latents, typed
 from distot.watch import signals
 from distot.work import Load, Solve, Task
@@ -32,23 +34,26 @@ def on_workers(task: Task, shape: Shape, show: bool | None = None, on_event: Lis
     WorkersLost after FAILURES losses in a row without a new checkpoint.
     """
     scratch = tempfile.TemporaryDirectory(prefix="distot-")
+    passing = task.run is None
     if isinstance(task, Solve):
         task = _outside(task, shape, Path(scratch.name))
     task = _absolute(task)
     assert task.run is not None
     try:
-        answer = _finished(task, task.run, shape, show, on_event)
+        answer = _finished(task, task.run, shape, show, on_event, passing)
     except Interrupted as interrupted:
         interrupted.solution.scratch = scratch
         raise
     if answer.facts is None:
         return answer.result
-    found = _solution(answer, task.run)
+    found = _solution(answer, task, passing)
     found.scratch = scratch
     return found
 
 
-def _finished(task: Task, run: Place, shape: Shape, show: bool | None, on_event: Listen | None) -> Answer:
+def _finished(
+    task: Task, run: Place, shape: Shape, show: bool | None, on_event: Listen | None, passing: bool
+) -> Answer:
     """The answer of a group that has done the task."""
     began, failures, newest = time.monotonic(), 0, _newest(run)
     with listener(show, on_event) as listen, Group(shape, listen) as group, signals(group):
@@ -61,7 +66,7 @@ def _finished(task: Task, run: Place, shape: Shape, show: bool | None, on_event:
                 raise answer.error
             leaving = group.leaving()
             if answer.kind == "interrupted" and (group.signal is not None or not leaving):
-                raise Interrupted(str(answer.error), _solution(answer, run), answer.signal)
+                raise Interrupted(str(answer.error), _solution(answer, task, passing), answer.signal)
             for rank in leaving:
                 group.move(rank)
             text = f"{answer.error}" if answer.kind == "broken" else f"workers {leaving} are on nodes that will go"
@@ -82,9 +87,51 @@ def _newest(run: Place) -> str:
     return latest.read_text() if latest.is_file() else ""
 
 
-def _solution(answer: Answer, run: Place) -> Solution:
+class Found:
+    """What workers have left in a run folder, for ``Solution.held``: read when it is asked for.
+
+    Raises StoreError if the run has gone on since.
+    """
+
+    def __init__(self, task: Load, facts: Facts, passing: bool) -> None:
+        self.task, self.facts, self.passing = task, facts, passing
+
+    @cached_property
+    def kept(self) -> Kept:
+        solution = self.task(Room())
+        if (solution.samples, solution.history) != (self.facts.samples, self.facts.history):
+            raise StoreError(
+                f"{self.task.run} has gone on since this solution was found; distot.load has its newest heights"
+            )
+        assert isinstance(solution.hold, Kept)
+        return solution.hold
+
+    def __call__(self) -> Held:
+        return self.kept()
+
+    def slim(self) -> Kept:
+        return self._lasting().slim()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self._lasting().__reduce__()
+
+    def __deepcopy__(self, memo: object) -> Found:
+        return self
+
+    def _lasting(self) -> Kept:
+        """With the latents in memory, if the run goes with the solution."""
+        case = self.kept.case
+        if not self.passing:
+            return self.kept
+        return Kept(replace(case, rows=case.rows[0 : case.rows.shape[0]], run=None), self.kept.progress)
+
+
+def _solution(answer: Answer, task: Any, passing: bool) -> Solution:
+    """passing: the run is in a temporary folder."""
     assert answer.facts is not None
-    return Solution(answer.facts, answer.certificate, lambda: Load(run)(Room()).held)
+    source = task.source if callable(task.source) or isinstance(task.source, Source) else None
+    opened = Load(task.run, source, None if isinstance(task, Solve) else task.latents)
+    return Solution(answer.facts, answer.certificate, Found(opened, answer.facts, passing))
 
 
 def _outside(task: Solve, shape: Shape, folder: Path) -> Solve:

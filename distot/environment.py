@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
+from collections.abc import Iterator
 from importlib.metadata import version
 from math import ceil
 from pathlib import Path
+from types import FrameType
 
 import torch
 
@@ -58,3 +61,12 @@ def _allowed(group: Path) -> float:
         return int(quota) / int(period) if int(quota) > 0 else float("inf")
     except (OSError, ValueError):  # no such limit, or "max"
         return float("inf")
+
+
+def callers(module: str) -> Iterator[FrameType]:
+    """Calls that this one is inside of, innermost first, in modules whose name has ``module`` in it."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if module in frame.f_globals.get("__name__", ""):
+            yield frame
+        frame = frame.f_back

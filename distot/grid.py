@@ -238,11 +238,9 @@ def join(address: str, rank: int, shape: tuple[int, int], device: str, seconds: 
     return Grid(target, sample, Axis(world, rank, dist.group.WORLD, meter))
 
 
-def rank_of_training() -> tuple[int, int]:
-    """Rank of this process and size of the user's own process group, if there is one."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
+def rank_of_training() -> tuple[int, int] | None:
+    """Rank of this process in the user's own process group, and the size of that; None if there is no group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else None
 
 
 def leave() -> None:

@@ -5,6 +5,9 @@ Legend: B samples of a batch, E of an epoch, N latents, C classes, d dimension.
 
 from __future__ import annotations
 
+from functools import cached_property
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -13,9 +16,10 @@ from distot.classes import Classes, load_classes
 from distot.errors import InputError
 from distot.pairs.balance import balance, balanced_index, quotas
 from distot.pairs.coupling import Coupling, Shelf
-from distot.pairs.dataset import batch_of
+from distot.pairs.dataset import batch_of, handed_on
 from distot.pairs.loader import LARGE, POOL, Batch, Loader, Plan
 from distot.pairs.noise import Chance, generator
+from distot.pairs.turns import Ledger
 from distot.source import Stream
 from distot.store import Place
 
@@ -42,7 +46,7 @@ class ClassPairs(Loader):
         epoch: int = 0,
         start: int = 0,
         endless: bool = False,
-        drop_last: bool = False,
+        drop_last: bool | None = None,
         orbits: bool = True,
         balance: bool = False,
         latents: bool = True,
@@ -52,46 +56,60 @@ class ClassPairs(Loader):
     ) -> None:
         self.classes = classes if isinstance(classes, Classes) else load_classes(classes, source=source)
         count = sum(map(len, self.classes.rows.values())) if samples is None else samples
-        super().__init__(Plan(count, batch, seed, rank, world, endless, drop_last), epoch, start)
+        self._orbits, self._latents = orbits, latents
+        super().__init__(Plan(count, batch, seed, endless=endless), epoch, start, rank, world, drop_last)
         if balance and endless:
             raise InputError("balance looks at whole epochs: leave out endless, and call set_epoch for each")
-        solutions = list(self.classes.values())
         self.rows = list(self.classes.rows.values())
-        self.couplings = [Coupling(its, _seed(seed, c), orbits) for c, its in enumerate(solutions)]
-        self.shelves = [Shelf(its.held.latents) for its in solutions] if latents else None
         labels = self.classes.labels
         self.labels = torch.tensor(labels if all(isinstance(x, int) for x in labels) else range(len(labels)))
         self.pool = min(LARGE, max(POOL, EACH * len(labels)))
-        self._index = torch.empty(count if balance else 0, dtype=torch.int64).share_memory_()
-        self._known: tuple[int, NDArray[np.int32]] | None = None
-        self._balance()
+        _ = self.couplings, self.shelves  # read once, before workers are forked
+        self._index = Ledger(count) if balance else None
+        self._known: tuple[tuple[int, int], NDArray[np.int32]] | None = None
+        self.prepare(epoch)
 
-    def set_epoch(self, epoch: int) -> None:
-        changed = epoch != self.epoch
-        super().set_epoch(epoch)
-        if changed:
-            self._balance()
+    @cached_property
+    def couplings(self) -> list[Coupling]:
+        return [Coupling(its, _seed(self.plan.seed, c), self._orbits) for c, its in enumerate(self.classes.values())]
+
+    @cached_property
+    def shelves(self) -> list[Shelf] | None:
+        return [Shelf(its.held.latents) for its in self.classes.values()] if self._latents else None
+
+    def prepare(self, epoch: int) -> None:
+        """Balances an epoch, class by class."""
+
+        def find() -> NDArray[np.int64]:
+            counts = self._counts(epoch).tolist()
+            found = [
+                balanced_index(its, balance(its, epoch, count), epoch)
+                for its, count in zip(self.couplings, counts, strict=True)
+                if count
+            ]
+            return np.concatenate(found)
+
+        if self._index is not None:
+            self._index.fill(epoch, self.plan.used, find)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For workers that are not forked, as of ``Pairs``."""
+        solutions = {label: handed_on(its) for label, its in self.classes.items()}
+        own = {"classes": Classes(solutions, self.classes.rows, self.classes.share), "_known": None}
+        state = super().__getstate__() | own
+        return {name: value for name, value in state.items() if name not in ("couplings", "shelves")}
 
     def _counts(self, epoch: int) -> NDArray[np.int64]:
         """Samples of each class in an epoch (C,)."""
-        return quotas(self.classes.share, self.plan.samples, self.plan.seed, epoch)
+        return quotas(self.classes.share, self.plan.used, self.plan.seed, epoch)
 
     def _classes(self, epoch: int) -> NDArray[np.int32]:
         """The class of every sample of an epoch (E,)."""
-        if self._known is None or self._known[0] != epoch:
+        if self._known is None or self._known[0] != (epoch, self.plan.used):
             order = np.repeat(np.arange(len(self.rows), dtype=np.int32), self._counts(epoch))
             generator(self.plan.seed, Chance.LABEL, epoch, 0).shuffle(order)
-            self._known = epoch, order
+            self._known = (epoch, self.plan.used), order
         return self._known[1]
-
-    def _balance(self) -> None:
-        """Latents of all samples, class by class, where they must be known beforehand."""
-        first = 0
-        for coupling, count in zip(self.couplings, self._counts(self.epoch) if len(self._index) else [], strict=False):
-            if count:
-                found = balanced_index(coupling, balance(coupling, self.epoch, int(count)), self.epoch)
-                self._index[first : first + int(count)] = torch.from_numpy(found)
-            first += int(count)
 
     def make(self, epoch: int, first: int, last: int) -> Batch:
         every = self._classes(epoch)
@@ -109,9 +127,9 @@ class ClassPairs(Loader):
     def _of(self, c: int, epoch: int, first: int, last: int, start: int) -> Batch:
         """Samples ``first`` to ``last`` of a class, whose latents begin at ``start`` of the index, if there is one."""
         coupling = self.couplings[c]
-        if len(self._index):
+        if self._index is not None:
             x = coupling.noise.samples(epoch, first, last)
-            index = self._index[start + first : start + last].numpy()
+            index = self._index.read(epoch, slice(start + first, start + last))
         else:
             x, index = coupling.pairs(epoch, first, last)
         *others, numbers = batch_of(x, index, None if self.shelves is None else self.shelves[c])

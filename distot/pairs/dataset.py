@@ -5,10 +5,12 @@ Legend: B samples of a batch, E of an epoch, N latents, d dimension.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
@@ -17,6 +19,7 @@ from distot.errors import InputError
 from distot.pairs.balance import Balanced, balance, balanced_index
 from distot.pairs.coupling import Coupling, Shelf
 from distot.pairs.loader import LARGE, Batch, Loader, Plan
+from distot.pairs.turns import Ledger
 from distot.solution import Solution
 from distot.store import Place
 
@@ -31,15 +34,19 @@ class Pairs(Loader):
         for noise, latent, index in DataLoader(distot.Pairs("run.zarr"), batch_size=None, num_workers=2): ...
 
     solution: a Solution, or the path of a run; source: of a run that draws from your callable.
-    samples: E, samples of an epoch; default N. epoch, ``set_epoch``: which one; every epoch has other noise. endless:
-        epoch follows epoch.
+    samples: E, samples of an epoch; default N. Every epoch has other noise, and every iteration is the next epoch;
+        epoch, ``set_epoch``: which one. endless: epoch follows epoch.
     orbits: samples of a symmetric source come in orbits, which costs a fraction of the search; each one has exactly the
         law of the source, but those of an orbit depend on each other, and lie in one pool of some thousand that is
         shuffled. False: all are independent.
     balance: over an epoch every latent gets exactly its share of the samples, the largest remainders rounded up; costs
-        a search of the whole epoch beforehand, in every rank, and E integers; ``balanced`` says what it changed.
+        a search of the whole epoch beforehand, in every rank, and E integers; ``balanced`` says what it changed. The
+        search is done by ``set_epoch``, or else by the first worker that comes to the epoch.
     latents: False leaves them out, index says all.
     rank, world, start, drop_last: see ``Plan`` and ``Loader``.
+
+    A pickle, for spawned workers say, has the heights, and the absolute path of the latents or, if they were given as
+    an array, these.
 
     Raises InputError for arguments that make no sense, StoreError as ``load`` does.
     """
@@ -54,7 +61,7 @@ class Pairs(Loader):
         epoch: int = 0,
         start: int = 0,
         endless: bool = False,
-        drop_last: bool = False,
+        drop_last: bool | None = None,
         orbits: bool = True,
         balance: bool = False,
         latents: bool = True,
@@ -62,58 +69,60 @@ class Pairs(Loader):
         world: int | None = None,
         source: object = None,
     ) -> None:
-        found = solution if isinstance(solution, Solution) else load(solution, source=source)
-        self.coupling = Coupling(found, seed, orbits)
-        count = self.coupling.latents if samples is None else samples
-        super().__init__(Plan(count, batch, seed, rank, world, endless, drop_last), epoch, start)
-        if found.problem.target.atoms.whole is None:
-            self.pool = LARGE
+        its = solution if isinstance(solution, Solution) else load(solution, source=source)
+        self._solution, self._orbits, self._latents = its, orbits, latents
+        count = its.facts.shape[0] if samples is None else samples
+        super().__init__(Plan(count, batch, seed, endless=endless), epoch, start, rank, world, drop_last)
         if balance and endless:
             raise InputError("balance looks at whole epochs: leave out endless, and call set_epoch for each")
-        self.shelf = Shelf(found.held.latents) if latents else None
+        if self.coupling.problem.target.atoms.whole is None:
+            self.pool = LARGE
+        _ = self.shelf  # read once, before workers are forked
         self.balanced: Balanced | None = None
-        self._index = torch.empty(count if balance else 0, dtype=torch.int64).share_memory_()
-        self._balance()
+        self._index = Ledger(count) if balance else None
+        self.prepare(epoch)
 
-    def _balance(self) -> None:
-        if len(self._index):
-            self.balanced = balance(self.coupling, self.epoch, self.plan.samples)
-            self._index.copy_(torch.from_numpy(balanced_index(self.coupling, self.balanced, self.epoch)))
+    @cached_property
+    def coupling(self) -> Coupling:
+        return Coupling(self._solution, self.plan.seed, self._orbits)
 
-    def set_epoch(self, epoch: int) -> None:
-        changed = epoch != self.epoch
-        super().set_epoch(epoch)
-        if changed:
-            self._balance()
+    @cached_property
+    def shelf(self) -> Shelf | None:
+        return Shelf(self.coupling.solution.held.latents) if self._latents else None
+
+    def prepare(self, epoch: int) -> None:
+        """Balances an epoch."""
+
+        def find() -> NDArray[np.int64]:
+            self.balanced = balance(self.coupling, epoch, self.plan.used)
+            return balanced_index(self.coupling, self.balanced, epoch)
+
+        if self._index is not None:
+            self._index.fill(epoch, self.plan.used, find)
 
     def make(self, epoch: int, first: int, last: int) -> Batch:
         if get_worker_info() is not None and self.coupling.problem.target.atoms.device.type == "cuda":
             raise InputError("latents on a GPU are searched by this process alone: use num_workers=0")
-        if len(self._index):
-            x, index = self.coupling.noise.samples(epoch, first, last), self._index[first:last].numpy()
+        if self._index is not None:
+            x, index = self.coupling.noise.samples(epoch, first, last), self._index.read(epoch, slice(first, last))
         else:
             x, index = self.coupling.pairs(epoch, first, last)
         return batch_of(x, index, self.shelf)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For workers that are not forked: the run is opened again there."""
-        solution = self.coupling.solution
-        if solution.run is None:
-            raise InputError(
-                "these pairs come from a solution in memory, which only forked workers can have; save it "
-                '(solution.save("run.zarr")) and give distot.Pairs the path'
-            )
-        orbits = self.coupling.noise.orbit.size > 1 or self.coupling.problem.orbit.size == 1
-        sampler = None if solution.problem.source.kind != "sampler" else solution.problem.source
-        state = {name: value for name, value in self.__dict__.items() if name not in ("coupling", "shelf")}
-        return state | {"opening": (solution.run.path, sampler, orbits, self.shelf is not None)}
+        """For workers that are not forked: the heights, and where latents are, which are opened again there."""
+        state = super().__getstate__() | {"_solution": handed_on(self._solution)}
+        return {name: value for name, value in state.items() if name not in ("coupling", "shelf")}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        path, sampler, orbits, latents = state.pop("opening")
-        self.__dict__.update(state)
-        solution = load(path, source=sampler)
-        self.coupling = Coupling(solution, self.plan.seed, orbits)
-        self.shelf = Shelf(solution.held.latents) if latents else None
+
+def handed_on(solution: Solution) -> Solution:
+    """What another process needs of a solution. Raises InputError if it would have to take latents from memory."""
+    if solution.run is None:
+        raise InputError(
+            "these pairs come from a solution in memory, which only forked workers can have; save it "
+            '(solution.save("run.zarr")) and give the path'
+        )
+    return solution.slim()
 
 
 def batch_of(x: Tensor, index: np.ndarray[Any, np.dtype[np.int64]], shelf: Shelf | None) -> Batch:

@@ -98,7 +98,7 @@ class PairFile(Loader):
         epoch: int = 0,
         start: int = 0,
         endless: bool = False,
-        drop_last: bool = False,
+        drop_last: bool | None = None,
         partial: bool = False,
         rank: int | None = None,
         world: int | None = None,
@@ -118,7 +118,8 @@ class PairFile(Loader):
             about, {NOISE + name: self.file.vector(NOISE + name) for name in about["source_arrays"]}, own
         )
         self.shelf = None if latents is None else Shelf(_checked(latents, about, str(path)))
-        super().__init__(Plan(self.file.written, batch, about["seed"], rank, world, endless, drop_last), epoch, start)
+        plan = Plan(self.file.written, batch, about["seed"], endless=endless)
+        super().__init__(plan, epoch, start, rank, world, drop_last)
 
     def make(self, epoch: int, first: int, last: int) -> Batch:
         x = self.noise.samples(self.file.about["epoch"], first, last)

@@ -46,6 +46,7 @@ class Latents:
         self, path: Place, array: zarr.Array[Any], mass: NDArray[Any] | None, attributes: dict[str, Any]
     ) -> None:
         self.path, self.array, self.mass, self.attributes = path, array, mass, attributes
+        self.place = path.resolve()  # also from another folder
         self.bfloat16 = attributes.get("dtype") == "bfloat16"
         self.shape: tuple[int, ...] = array.shape
         self.dtype: np.dtype[Any] = np.dtype(np.float32) if self.bfloat16 else array.dtype

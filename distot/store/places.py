@@ -248,7 +248,7 @@ def typed(place: object) -> str:
 def zarr_store(place: Place, read_only: bool = False) -> Store:
     """For zarr, at this place."""
     if isinstance(place, Path):
-        return LocalStore(place, read_only=read_only)
+        return LocalStore(place.absolute(), read_only=read_only)  # which is read from later, from any folder
     return _Patient(_bucket(place.scheme, place.root, place.key), read_only=read_only)
 
 
@@ -275,7 +275,7 @@ class Opened:
     """Where something was opened, and by which process: clients of object stores do not outlive a fork."""
 
     def __init__(self, place: Place) -> None:
-        self.place, self.process = place, os.getpid()
+        self.place, self.process = place.resolve(), os.getpid()
 
     def check(self) -> None:
         """Raises InputError in a process that was forked since, where a request would never be answered."""

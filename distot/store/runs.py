@@ -57,7 +57,8 @@ CONFIG: Form = {
     "options": dict[str, float | str | bool | None],
 }
 LOOK: Form = {
-    **dict.fromkeys(("samples", "looked", "step"), Count),
+    "samples": Annotated[int, (1, MOST - 1)],
+    **dict.fromkeys(("looked", "step"), Count),
     **dict.fromkeys(("chi2", "error", "upper"), Real),
     "close": bool,
 }
@@ -83,7 +84,7 @@ SHAPES: dict[str, Form] = {
 class Run:
     """A run folder. Readers need no lock; a writer holds ``lock()``."""
 
-    def __init__(self, path: str | Place) -> None:
+    def __init__(self, path: str | Place, config: dict[str, Any] | None = None) -> None:
         self.path = as_place(path)
         self._fence: Fence = _open
         self._log = Log(self.path)
@@ -91,7 +92,14 @@ class Run:
         self.checkpoints = Shelf(self.path, "checkpoints", "LATEST", KEEP, CHECKPOINT, none)
         again = f"delete {self.path / 'cells'} and LATEST_CELLS beside it, and cells are measured anew"
         self.cells = Shelf(self.path, "cells", "LATEST_CELLS", 1, CELLS, again)
-        self.config = self._configuration()
+        self.config = self._configuration() if config is None else config
+
+    def __reduce__(self) -> tuple[type[Run], tuple[Place, dict[str, Any]]]:
+        return Run, (self.path.resolve(), self.config)
+
+    def anywhere(self) -> Run:
+        """The same run, found from any folder; it is not read again."""
+        return Run(self.path.resolve(), self.config)
 
     @classmethod
     def create(cls, path: str | Place, config: dict[str, Any], arrays: Arrays, latents: tuple[Any, Any] | None) -> Run:
