@@ -7,7 +7,6 @@ With --json each command prints one JSON object on standard output; progress and
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import warnings
@@ -301,9 +300,10 @@ def submit(
 
     Example: distot submit --address http://head:8265 /shared/latents.zarr /shared/run.zarr --workers 8
     """
+    from cluster.submit import environment
     from cluster.submit import submit as send
 
-    env = None if runtime_env is None else json.loads(runtime_env.read_text())
+    env = None if runtime_env is None else environment(runtime_env)
     send(context.args, address, name, env, wait, lambda text: out.print(text, soft_wrap=True))
     return 0
 
