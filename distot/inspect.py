@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from distot.errors import StoreError
 from distot.identity import belongs
 from distot.progress import duration
 from distot.schedule import options_of
@@ -32,6 +33,7 @@ def _latents(path: Place) -> dict[str, Any]:
         "shards": list(latents.array.shards) if latents.array.shards else None,
         "fingerprint": latents.fingerprint,
         "origin": latents.attributes.get("origin"),
+        **({"note": "; ".join(latents.notes)} if latents.notes else {}),
         "next": f"distot solve {typed(path)} run.zarr",
     }
 
@@ -99,7 +101,12 @@ def _spent(run: Run) -> str:
 
 def _cells(run: Run, heights: str) -> str:
     """What is known of the cells, if it is that of the newest heights."""
-    saved = run.cells.load()
+    try:
+        saved = run.cells.load()
+    except StoreError as error:
+        return str(error)
+    if saved is None and (lost := run.cells.lost()):
+        return f"not measured, as {lost}"
     if saved is None or saved.scalars.get("heights") != heights:
         return "not measured"
     return f"measured with {saved.scalars['samples']:,} samples"

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distot.errors import DistotError, InputError
-from distot.store import Place, Url, explained, open_latents
+from distot.store import Place, Url, check_plain, explained, open_latents
 
 BLOCK_BYTES = 32 << 20  # of a block as float64
 PIECE_BYTES = 1 << 20  # read at a time from a compressed file
@@ -110,6 +110,7 @@ def _reading(path: Place, *also: type[Exception]) -> Iterator[None]:
     """Turns what the libraries raise on a damaged file, and the operating system on any, into one sentence."""
     with explained("read", path):
         try:
+            check_plain(path, links=True)
             yield
         except DistotError:
             raise

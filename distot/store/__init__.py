@@ -4,7 +4,7 @@ Nothing is ever half there: a store appears under its name by one rename, a chec
 and both only after every byte below them has been flushed to disk.
 """
 
-from distot.store.files import explained, need_space, new_file, read_npy
+from distot.store.files import check_plain, explained, need_space, new_file, read_npy
 from distot.store.forms import restored
 from distot.store.latents import Latents, LatentsWriter, copy_latents, new_latents, open_latents
 from distot.store.lock import TakenOver
@@ -30,6 +30,7 @@ __all__ = [
     "Url",
     "as_place",
     "check_out",
+    "check_plain",
     "copy_latents",
     "explained",
     "fresh_file",

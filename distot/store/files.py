@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import fcntl
+import hashlib
 import os
+import re
 import secrets
 import shutil
+import socket
 import stat
 import tempfile
+import tokenize
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,6 +28,10 @@ from distot.store.places import Place, Url
 
 NOT_OFFERED = "the file system does not offer that; choose a folder on another one, a local disk say"
 SETTLED = 10.0  # seconds to wait for what zarr is writing when that was broken off
+UNREADABLE = (
+    *(ArithmeticError, EOFError, MemoryError, OSError, RecursionError, SyntaxError, TypeError, ValueError),
+    tokenize.TokenError,
+)
 SMALL_BYTES = 1 << 28  # files of JSON are smaller
 
 
@@ -144,17 +153,57 @@ def new_folder(path: Place) -> Iterator[Place]:
         return
     with explained("write", path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.partial-{secrets.token_hex(4)}")
-        try:
-            partial.mkdir()
+        with _partial(path) as partial:
             yield partial
             flush_tree(partial)
             partial.rename(path)
-        except BaseException:
-            _settle()
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
         flush(path.parent)
+
+
+@contextmanager
+def _partial(path: Path) -> Iterator[Path]:
+    """A folder beside ``path`` for what gets that name when it is whole; it is gone afterwards.
+
+    Killed writers leave theirs, which are cleared here. A writer holds a lock on its folder from before the first file
+    is in it, and locks are sure on one machine alone, so folders of others stay.
+    """
+    _sweep(path)
+    partial = path.with_name(f"{path.name}.partial-{_machine()}{secrets.token_hex(4)}")
+    held = None
+    try:
+        partial.mkdir()
+        held = os.open(partial, os.O_RDONLY)
+        with suppress(OSError):  # a file system without locks, on which nobody will clear it
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield partial
+    except BaseException:
+        _settle()
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        if held is not None:
+            os.close(held)
+
+
+def _sweep(path: Path) -> None:
+    """Deletes folders of ``_partial`` for this path whose writers are dead."""
+    name = re.compile(re.escape(f"{path.name}.partial-{_machine()}") + "[0-9a-f]{8}")
+    with suppress(OSError):  # debris does no harm
+        for folder in path.parent.iterdir():
+            if name.fullmatch(folder.name) and folder.is_dir() and not folder.is_symlink() and any(folder.iterdir()):
+                held = os.open(folder, os.O_RDONLY)
+                try:
+                    fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(folder, ignore_errors=True)
+                except OSError:
+                    continue  # its writer is at work, or there are no locks here
+                finally:
+                    os.close(held)
+
+
+def _machine() -> str:
+    """Four digits for this machine."""
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:4]
 
 
 def _settle() -> None:
@@ -182,16 +231,15 @@ def new_file(path: Place, over: bool = True) -> Iterator[Path]:
                     raise _taken(path)
                 path.upload(file)
             return
-        partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-        try:
-            yield partial
-            flush(partial)
+        with _partial(path) as folder:
+            file = folder / path.name
+            yield file
+            flush(file)
             if over:
-                partial.rename(path)
+                file.rename(path)
             else:
-                _name(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+                _name(file, path)
+        flush(path.parent)
 
 
 def _name(partial: Path, path: Path) -> None:
@@ -222,9 +270,13 @@ def remove(folder: Place) -> None:
 def read_npy(path: Path) -> NDArray[Any]:
     """The array in an npy file, read where it is used. Raises InputError if there is none."""
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as an npy file: {error}") from error
+        check_plain(path, links=True)
+        values = np.load(path, mmap_mode="r", allow_pickle=False)
+        if not isinstance(values, np.ndarray):
+            raise ValueError("it is an archive of several arrays")
+    except UNREADABLE as error:
+        raise InputError(f"{path} cannot be read as an npy file: {' '.join(str(error).split())}") from error
+    return values
 
 
 def need_space(path: Place, wanted: int) -> None:

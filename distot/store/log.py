@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from distot.errors import StoreError
 from distot.store.files import check_plain, explained
-from distot.store.forms import REASON, Count, Form, Malformed, Real, Seconds, check, parsed
+from distot.store.forms import MOST, REASON, Count, Form, Malformed, Real, Seconds, check, parsed
 from distot.store.places import Place, Url
 
 SESSION: Form = {
@@ -30,7 +30,8 @@ EVENTS: dict[str, Form] = {
     "warning": {"text": str},
     "step": {"samples": Count, "step": Count, "seconds": Seconds},
     "check": {
-        **dict.fromkeys(("samples", "looked", "step"), Count),
+        "samples": Annotated[int, (1, MOST - 1)],
+        **dict.fromkeys(("looked", "step"), Count),
         **dict.fromkeys(("chi2", "error", "upper"), Real),
         "close": bool,
         "seconds": Seconds,
