@@ -7,13 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import typer
 
 import distot
 from distot.arguments import Device, Json, Moved, RayAddress, Replicas, RunPath, Workers, parse_count
 from distot.console import err, print_json
-from distot.store import as_place, new_file
+from distot.store import as_place, check_out, save_npy
+from distot.work import Load
 
 app = typer.Typer()
 
@@ -48,7 +48,7 @@ def generate(
     run: RunPath,
     out: Annotated[Any, typer.Argument(parser=as_place, metavar="OUT.zarr", help="The store of new latents to make.")],
     n: Annotated[int, typer.Option("-n", "--samples", parser=parse_count, metavar="COUNT", help="How many.")],
-    k: Annotated[int | None, typer.Option(help="Cells that may mix; default: 20.")] = None,
+    k: Annotated[int | None, typer.Option("-k", "--k", help="Cells that may mix; default: 20.")] = None,
     threshold: Annotated[
         float | None, typer.Option(help="Largest angle of cells that mix, in radians, as in AE-OT.")
     ] = None,
@@ -108,9 +108,9 @@ def export(
 
     Example: distot export run.zarr g.npy --as pot
     """
+    check_out(out, *Load(run, latents=latents).reads())
     solution = distot.load(run, latents=latents)
-    with new_file(out) as partial, partial.open("wb") as file:
-        np.save(file, solution.heights if convention == "heights" else solution.weights)
+    save_npy(out, solution.heights if convention == "heights" else solution.weights)
     print(f"{out}: {solution.facts.shape[0]:,} numbers")
     return 0
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -28,13 +27,17 @@ import torch
 import typer
 
 import distot
+from distot.again import check_same, go_on
 from distot.arguments import RayAddress, Seconds, Workers, parse_goal
 from distot.console import start
 from distot.errors import InputError
+from distot.fingerprint import fingerprint_of
 from distot.inspect import describe
 from distot.models import Autoencoder, Data, Epoch, Judge, Spec, Training, load, train
+from distot.models.autoencoder import about
 from distot.models.datasets import PICTURES, TOYS
-from distot.store import RowFile, new_file, new_latents, open_latents
+from distot.store import RowFile, Run, new_file, new_latents, new_npy, open_latents
+from distot.store.places import digest
 from jobs.demo import say
 
 ROWS = 4096  # decoded at once
@@ -89,7 +92,14 @@ class Job:
 
     @cached_property
     def data(self) -> Data:
-        return load(self.settings.data, self.settings.size)
+        """Raises InputError if they are not those that the model of the folder has learnt."""
+        found, model = load(self.settings.data, self.settings.size), self.folder / FILES["train"]
+        learnt = about(model).get("data") if model.exists() else None
+        if learnt not in (None, content(found)):
+            raise InputError(
+                f"{self.settings.data} holds other data than {model} has learnt; --redo train begins anew with them"
+            )
+        return found
 
     @cached_property
     def model(self) -> Autoencoder:
@@ -106,33 +116,31 @@ class Job:
 
         training = Training(its.epochs, its.batch, seed=its.seed)
         history = train(model, data.values, None, training, device=self.places.device, state=state, on_epoch=tell)
-        model.save(self.folder / "model.safetensors", settings=asdict(its), history=[asdict(its) for its in history])
+        words = {"settings": asdict(its), "history": [asdict(epoch) for epoch in history], "data": content(data)}
+        model.save(self.folder / "model.safetensors", **words)
         state.unlink()
         return f"{len(data.values):,} data of shape {data.shape} to {its.latent} numbers and back"
 
     def encode(self) -> str:
-        z, about = self.model.encode(self.data.values).numpy(), {"encoder": self.model.fingerprint}
-        with new_latents(self.folder / "latents.zarr", z.shape, "float32", self.settings.data, about) as writer:
+        z, of = self.model.encode(self.data.values).numpy(), {"encoder": self.model.fingerprint}
+        with new_latents(self.folder / "latents.zarr", z.shape, "float32", self.settings.data, of) as writer:
             writer.write(z)
         return f"{z.shape[0]:,} latents in {z.shape[1]} dimensions"
 
     def solve(self) -> str:
         self.check()
-        run, room = self.folder / "run.zarr", self.places.room()
+        run, latents = self.folder / "run.zarr", self.folder / "latents.zarr"
         if run.exists():
-            solution = distot.resume(run, max_seconds=self.places.max_seconds, **room)
+            solution = go_on(run, latents, "gaussian", None, self.wanted())
         else:
-            solution = distot.solve(
-                self.folder / "latents.zarr",
-                until_chi2=self.settings.until_chi2,
-                max_seconds=self.places.max_seconds,
-                seed=self.settings.seed,
-                exact=self.flat,
-                run=run,
-                **room,
-            )
+            solution = distot.solve(latents, exact=self.flat, run=run, **self.wanted())
         found = solution.certificate
         return f"chi2 {found.chi2:.4f} ± {found.chi2_error:.4f}; {solution.explanation}"
+
+    def wanted(self) -> dict[str, Any]:
+        """Of ``distot.solve``, also for a run that is there."""
+        its = {"until_chi2": self.settings.until_chi2, "seed": self.settings.seed} | self.places.room()
+        return its if self.places.max_seconds is None else its | {"max_seconds": self.places.max_seconds}
 
     def generate(self) -> str:
         self.warn()
@@ -150,13 +158,11 @@ class Job:
     def decode(self) -> str:
         made, model = RowFile(self.folder / "generated.zarr"), self.model
         kind = np.uint8 if model.spec.images else np.float32
-        with new_file(self.folder / "images.npy") as partial:
-            out = np.lib.format.open_memmap(partial, "w+", kind, (made.rows, *model.spec.shape))
+        with new_npy(self.folder / "images.npy", (made.rows, *model.spec.shape), kind) as write:
             for first in range(0, made.rows, ROWS):
                 rows = slice(first, min(first + ROWS, made.rows))
                 x = model.decode(torch.from_numpy(made.read("z", rows))).numpy()
-                out[rows] = np.rint(255 * x) if model.spec.images else x
-            out.flush()
+                write(np.rint(255 * x) if model.spec.images else x)
         return f"{made.rows:,} data of shape {model.spec.shape}"
 
     def evaluate(self) -> str:
@@ -199,13 +205,49 @@ class Job:
             )
 
     def done(self, stage: str) -> bool:
-        """Whether a stage has left what the next one reads."""
+        """Whether a stage has left what the next one reads. Raises InputError if it made it of something else."""
         path = self.folder / FILES[stage]
         if not path.exists():
             return False
+        if stage == "train" and about(path).get("settings") not in (None, asdict(self.settings)):
+            raise InputError(f"{path} was trained with other settings; --redo train begins anew with these")
+        if stage == "encode":
+            self.check()
         if stage == "solve":
+            check_same(Run(path), self.folder / "latents.zarr", "gaussian", None, self.wanted())
             return bool(describe(path)["state"] in DONE)
-        return stage != "generate" or RowFile(path).complete
+        if stage == "generate" and not RowFile(path).complete:
+            return False
+        if self.stages().get(stage, self.made_of(stage)) != self.made_of(stage):
+            raise InputError(
+                f"{path} was made of something else than is there now; --redo {stage} makes it, and all behind it, anew"
+            )
+        return True
+
+    def made_of(self, stage: str) -> dict[str, Any]:
+        """What decides the file of a stage, besides the settings."""
+        if stage in ("train", "encode", "solve"):  # those files say it themselves
+            return {}
+        run, made = self.folder / "run.zarr", self.folder / "generated.zarr"
+        if stage == "evaluate":
+            return {"images": digest(self.folder / "images.npy")}
+        if stage == "decode":
+            return {"encoder": self.model.fingerprint, "generated": RowFile(made).about}
+        found = Run(run).load_checkpoint()
+        encoder = {"encoder": self.model.fingerprint} if stage == "report" else {}
+        return {"heights": "" if found is None else found.heights} | encoder
+
+    def stages(self) -> dict[str, Any]:
+        """What each stage has made its file of."""
+        file = self.folder / "stages.json"
+        return dict(json.loads(file.read_text())) if file.exists() else {}
+
+    def do(self, stage: str) -> str:
+        """Does a stage; what it came to."""
+        said = str(getattr(self, stage)())
+        with new_file(self.folder / "stages.json") as partial:
+            partial.write_text(json.dumps(self.stages() | {stage: self.made_of(stage)}, indent=1))
+        return said
 
 
 FILES = {
@@ -217,6 +259,11 @@ FILES = {
     "evaluate": "scores.json",
     "report": "report.html",
 }
+
+
+def content(data: Data) -> str:
+    """A hash of the data to learn from."""
+    return fingerprint_of(data.values.flatten(1).numpy())
 
 
 def forget(folder: Path, first: str) -> None:
@@ -280,14 +327,13 @@ def main(
         forget(out, redo)
     begun(out, settings)
     job, began = Job(out, settings, Places(workers, ray, device, max_seconds)), time.monotonic()
-    stages: dict[str, Callable[[], str]] = {name: getattr(job, name) for name in FILES}
-    for name, stage in stages.items():
+    for name in FILES:
         if job.done(name):
             say(f"[bold]{name}[/]: {out / FILES[name]} is there")
             continue
         say(f"[bold]{name}[/]")
         since = time.monotonic()
-        said = stage()
+        said = job.do(name)
         say(f"  {out / FILES[name]}: {said} ({time.monotonic() - since:.0f} s)")
     say(f"Done in {time.monotonic() - began:.0f} s.")
 

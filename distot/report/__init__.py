@@ -22,7 +22,7 @@ from distot.report.figures import Figure
 from distot.report.page import Detail
 from distot.report.story import read
 from distot.solution import Solution
-from distot.store import Place, as_place, new_file
+from distot.store import Place, as_place, check_out, new_file
 from distot.work import Load
 
 __all__ = ["report"]
@@ -41,7 +41,7 @@ def report(
 ) -> Place:
     """Writes a page about a run, finished or not, and returns where it is. It needs no other file and no network.
 
-    out: a name that ends in .html; a page that is there is replaced.
+    out: a name that ends in .html; a page of ``report`` that is there is replaced, and nothing else is.
     samples: measures the cells with so many fresh samples; None takes what the run folder has, or 10 a latent.
     detail: whether to read the latents, for pictures and statistics of cells; None: if they have at most 2^28 numbers,
         and cells are measured if that is at most 2e12 flops. What is left out is said on the page.
@@ -57,6 +57,9 @@ def report(
         raise InputError(f"{out}: a page wants a name that ends in .html")
     if isinstance(place, Path) and (place.is_dir() or not place.absolute().parent.is_dir()):
         raise InputError(f"{out}: {'that is a folder' if place.is_dir() else f'there is no folder {place.parent}'}")
+    reads = Load(as_place(run), latents=as_place(latents) if isinstance(latents, str) else latents).reads()
+    ours = page.is_ours(place)
+    check_out(place, *reads, goes_on=ours)
     if samples is not None and samples < 2:
         raise InputError(f"samples must be at least 2, not {samples}")
     if detail is False and (samples is not None or decoder is not None):
@@ -82,7 +85,7 @@ def report(
         else:
             found = _detail(solution, samples, bool(detail), function)
     text = page.render(story, found, time.strftime("%Y-%m-%d %H:%M"))
-    with new_file(place) as file:
+    with new_file(place, over=ours) as file:
         file.write_text(text, encoding="utf-8")
     return place
 

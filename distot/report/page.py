@@ -6,6 +6,7 @@ Legend: N latents, d dimension.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -14,8 +15,10 @@ from distot.cells import Cells, Sums
 from distot.report import charts, words
 from distot.report.figures import Figure
 from distot.report.story import Story
-from distot.store import typed
+from distot.store import Place, explained, typed
 
+MARK = '<meta name="generator" content="distot report">'  # in page.html: the next page may replace this one
+HEAD = 4096  # bytes of a page in which it stands
 FEW = 24  # empty latents that are named
 STATES = {  # of a run, by its reason to stop: (kind of badge, words)
     "until_chi2": ("good", "goal reached"),
@@ -76,6 +79,17 @@ def render(story: Story, detail: Detail, written: str) -> str:
         environment=environment_of(story),
         commands=commands(story),
     )
+
+
+def is_ours(place: Place) -> bool:
+    """Whether the file at a place is a page of this kind."""
+    with explained("read", place):
+        if not place.is_file():
+            return False
+        if isinstance(place, Path):
+            with place.open("rb") as file:
+                return MARK.encode() in file.read(HEAD)
+        return MARK.encode() in place.read_bytes()[:HEAD]
 
 
 def headline(story: Story) -> str:
