@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distot.errors import InputError
-from distot.readers import FLOATS, Reader, Wanted, open_reader
+from distot.readers import FLOATS, Reader, open_reader
 from distot.store import Place, as_place, new_latents, open_latents
 from distot.target import check_mass, check_rows
+from distot.wanted import Wanted
 
 BFLOAT16_TOP = np.float32(float.fromhex("0x1.ffp127"))  # the smallest number that rounds to Inf in bfloat16
 
@@ -54,9 +55,10 @@ def ingest(
     check_rows(np.broadcast_to(np.float32(0), shape))
     stored, notes = _stored_dtype(reader, dtype)
     with new_latents(destination, shape, stored, origin=source.name + reader.name.removeprefix(str(source))) as writer:
-        masses = (
-            reader.mass if mass is None and mass_key is None else _masses(as_place(mass or source), mass_key, shape[0])
-        )
+        masses, told = reader.mass, reader.notes
+        if mass is not None or mass_key is not None:
+            masses, more = _masses(as_place(mass or source), mass_key, shape[0])
+            told += more
         if masses is not None:
             notes += check_mass(masses, shape[0])[1]
             writer.write_mass(masses)
@@ -78,7 +80,7 @@ def ingest(
                 "remove or mend these rows"
             )
     fingerprint = open_latents(destination).fingerprint
-    return Ingested(destination, shape, stored, str(fingerprint), (*reader.notes, *notes))
+    return Ingested(destination, shape, stored, str(fingerprint), (*told, *notes))
 
 
 def _row_shape(reader: Reader, flatten: bool) -> tuple[int, int]:
@@ -86,6 +88,8 @@ def _row_shape(reader: Reader, flatten: bool) -> tuple[int, int]:
     if len(reader.shape) < 2:
         raise InputError(f"{reader.name} has shape {reader.shape}; latents need (N, d), reshape numbers to (N, 1)")
     rows = (reader.shape[0], prod(reader.shape[1:]))
+    if max(rows) >= 2**48 or prod(rows) >= 2**60:
+        raise InputError(f"{reader.name} claims the shape {reader.shape}, which no file can hold; make it anew")
     if len(reader.shape) > 2 and not flatten:
         raise InputError(f"{reader.name} has shape {reader.shape}; flatten each latent to a row with --flatten: {rows}")
     return rows
@@ -112,10 +116,10 @@ def _converted(rows: NDArray[Any], dtype: str, reader: Reader, start: int) -> ND
     return narrow
 
 
-def _masses(path: Place, key: str | None, n: int) -> NDArray[Any]:
-    """The masses (N,) as the user gave them."""
+def _masses(path: Place, key: str | None, n: int) -> tuple[NDArray[Any], tuple[str, ...]]:
+    """The masses (N,) as the user gave them, and notes of their reader."""
     reader = open_reader(path, Wanted(key, vector=True))
     reader.check_numbers()
     if reader.shape != (n,):
         raise InputError(f"{reader.name} has shape {reader.shape}; the masses need one value for each latent, ({n},)")
-    return np.concatenate(list(reader.rows()))
+    return np.concatenate(list(reader.rows())), reader.notes

@@ -4,10 +4,11 @@ Nothing is ever half there: a store appears under its name by one rename, a chec
 and both only after every byte below them has been flushed to disk.
 """
 
-from distot.store.files import check_plain, explained, need_space, new_file, read_npy
+from distot.store.files import UNREADABLE, check_plain, explained, need_space, new_file, read_npy
 from distot.store.forms import restored
 from distot.store.latents import Latents, LatentsWriter, copy_latents, new_latents, open_latents
 from distot.store.lock import TakenOver
+from distot.store.npy import check_npy, npy_header
 from distot.store.out import check_out, fresh_file, new_npy, save_npy
 from distot.store.places import Opened, Place, Url, as_place, reference, referred, typed
 from distot.store.rows import RowFile, RowWriter, new_rows
@@ -16,6 +17,7 @@ from distot.store.shelf import Checkpoint, Dropped, Part
 
 __all__ = [
     "LOST",
+    "UNREADABLE",
     "Checkpoint",
     "Dropped",
     "Latents",
@@ -29,6 +31,7 @@ __all__ = [
     "TakenOver",
     "Url",
     "as_place",
+    "check_npy",
     "check_out",
     "check_plain",
     "copy_latents",
@@ -39,6 +42,7 @@ __all__ = [
     "new_latents",
     "new_npy",
     "new_rows",
+    "npy_header",
     "open_latents",
     "read_npy",
     "reference",

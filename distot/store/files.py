@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from zarr.core.sync import sync
 
 from distot.errors import InputError, StoreError
+from distot.store.npy import check_npy
 from distot.store.places import Place, Url
 
 NOT_OFFERED = "the file system does not offer that; choose a folder on another one, a local disk say"
@@ -268,12 +269,11 @@ def remove(folder: Place) -> None:
 
 
 def read_npy(path: Path) -> NDArray[Any]:
-    """The array in an npy file, read where it is used. Raises InputError if there is none."""
+    """The array in an npy file, read where it is used. Raises InputError if there is none, or more than that one."""
     try:
         check_plain(path, links=True)
-        values = np.load(path, mmap_mode="r", allow_pickle=False)
-        if not isinstance(values, np.ndarray):
-            raise ValueError("it is an archive of several arrays")
+        check_npy(path)
+        values: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     except UNREADABLE as error:
         raise InputError(f"{path} cannot be read as an npy file: {' '.join(str(error).split())}") from error
     return values
