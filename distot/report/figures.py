@@ -87,7 +87,7 @@ class Scale:
     def ticks(self) -> list[float]:
         """Some four to eight round numbers."""
         if self.log:
-            decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+            decades = range(math.floor(math.log10(self.low)), min(math.ceil(math.log10(self.high)), 307) + 1)
             every = max(1, -(-len(decades) // 7))
             factors = (1, 2, 5) if len(decades) <= 3 else (1,)
             found = [f * 10.0**e for e in decades if e % every == 0 for f in factors]

@@ -32,6 +32,13 @@ T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
+class Maybe:
+    """The type of what a record may lack."""
+
+    hint: Any
+
+
+@dataclasses.dataclass(frozen=True)
 class Each:
     """The type of a list of records of one form."""
 
@@ -63,6 +70,8 @@ def fits(value: object, hint: Any) -> bool:
     if origin is dict:
         names, values = arguments
         return isinstance(value, dict) and all(fits(name, names) and fits(one, values) for name, one in value.items())
+    if isinstance(hint, Maybe):
+        return fits(value, hint.hint)
     if isinstance(hint, Each):
         return isinstance(value, list) and all(_is_record(one, hint.form) for one in value)
     if hint is Any:
@@ -81,14 +90,14 @@ def _is_record(value: object, form: Form) -> bool:
 
 
 def check(value: object, form: Form, others: bool = False) -> None:
-    """Raises Malformed unless a value is a record of this form, in which what may be None may be missing.
+    """Raises Malformed unless a value is a record of this form.
 
     others: whether it may have other names, too.
     """
     if not isinstance(value, dict):
         raise Malformed(f"it is {shown(value)}, and no record")
     for name, hint in form.items():
-        if name not in value and not fits(None, hint):
+        if name not in value and not isinstance(hint, Maybe):
             raise Malformed(f"its {name} is missing")
         if name in value and not fits(value[name], hint):
             raise Malformed(f"its {name} is {shown(value[name])}")
@@ -111,15 +120,14 @@ def restored(cls: type[T], values: object, what: str, remedy: str) -> T:
     """
     hints = get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    form = {name: hints[name] for name in fields}
-    for name, field in fields.items():
-        if field.default is not dataclasses.MISSING:
-            form[name] = form[name] | None
+    form: Form = {
+        name: hints[name] if field.default is dataclasses.MISSING else Maybe(hints[name])
+        for name, field in fields.items()
+    }
     try:
         check(values, form)
         assert isinstance(values, dict)
-        given = {name: its for name, its in values.items() if its is not None or fits(None, hints[name])}
-        return cls(**given)
+        return cls(**values)
     except Newer as error:
         raise StoreError(f"{what} {error}") from error
     except (Malformed, InputError) as error:

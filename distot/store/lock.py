@@ -23,12 +23,12 @@ from filelock import FileLock, Timeout
 
 from distot.errors import StoreError
 from distot.store.files import check_plain, content, explained, write_atomically
-from distot.store.forms import Form, Malformed, check, parsed
+from distot.store.forms import Form, Malformed, Maybe, check, parsed
 from distot.store.places import Place, Tag, Url
 
 RENEWED = 5.0  # seconds
 LEASE = 30.0
-OWNER: Form = {"pid": int | None, "host": str | None, "since": str | None, "group": str | None}
+OWNER: Form = {"pid": Maybe(int), "host": Maybe(str), "since": Maybe(str), "group": Maybe(str)}
 
 Fence = Callable[[], None]
 """Raises TakenOver if another writer has taken the run over."""

@@ -10,16 +10,16 @@ from typing import Annotated, Any
 
 from distot.errors import StoreError
 from distot.store.files import check_plain, explained
-from distot.store.forms import MOST, REASON, Count, Form, Malformed, Real, Seconds, check, parsed
+from distot.store.forms import MOST, REASON, Count, Form, Malformed, Maybe, Real, Seconds, check, parsed
 from distot.store.places import Place, Url
 
 SESSION: Form = {
     **dict.fromkeys(("latents", "atoms", "dim", "step", "samples"), Count),
     **dict.fromkeys(("source", "assigner", "device"), str),
-    "kept": str | None,
+    "kept": Maybe(str),
     "seconds": Seconds,
-    "grid": Annotated[list[Annotated[int, (1, 1 << 20)]], 2] | None,
-    "environment": dict[str, Any] | None,
+    "grid": Maybe(Annotated[list[Annotated[int, (1, 1 << 20)]], 2]),
+    "environment": Maybe(dict[str, Any]),
 }
 EVENTS: dict[str, Form] = {
     "begin": SESSION,
@@ -37,7 +37,7 @@ EVENTS: dict[str, Form] = {
         "seconds": Seconds,
     },
     "grid": {
-        **dict.fromkeys(("search", "update", "store", "waited"), list[Seconds] | None),
+        **dict.fromkeys(("search", "update", "store", "waited"), Maybe(list[Seconds])),
         "sent": list[Count],
         "slowest": Count,
     },
@@ -47,11 +47,11 @@ EVENTS: dict[str, Form] = {
         **dict.fromkeys(("w2_squared_bound", "w2_squared_limit", "map_cost"), float),
         **dict.fromkeys(("w2_squared_bound_error", "map_cost_error"), float),
         "level": Annotated[float, (0.0, 1.0)],
-        "cost": str | None,
+        "cost": Maybe(str),
     },
 }
 """What a reader of the log finds in events, and nothing else in lines that say they are such."""
-ANY: Form = {"event": str, "time": Seconds | None, "seconds": Seconds | None}
+ANY: Form = {"event": str, "time": Maybe(Seconds), "seconds": Maybe(Seconds)}
 PIECE_SECONDS = 20.0  # between two pieces; what came since the last one is lost if the process is killed
 
 

@@ -22,6 +22,7 @@ from distot.store.forms import (
     Each,
     Form,
     Malformed,
+    Maybe,
     Name,
     Newer,
     Real,
@@ -45,12 +46,12 @@ CONFIG: Form = {
     "version": Annotated[int, (VERSION, VERSION)],
     "distot": str,
     "created": str,
-    "folder": Count | None,  # its number in the file system
+    "folder": Maybe(Count),  # its number in the file system
     "latents": Text,
     "fingerprint": Text,
     "shape": Annotated[list[Annotated[int, (1, MOST - 1)]], 2],
     "mass": bool,
-    "masses": Text | None,  # a hash of those in effect, where they are not equal ones
+    "masses": Maybe(Text | None),  # a hash of those in effect, where they are not equal ones
     "init": bool,
     "source": dict[str, Any],
     "source_arrays": list[Name],
@@ -63,14 +64,14 @@ LOOK: Form = {
     "close": bool,
 }
 CHECKPOINT: Form = {
-    **dict.fromkeys(("margin", "damping", "floor", "error", "time", "since"), Real | None),
+    **dict.fromkeys(("margin", "damping", "floor", "error", "time", "since"), Maybe(Real)),
     **dict.fromkeys(("step", "samples", "next_check"), Count),
     "drawn": list[Count],
     "history": Each(LOOK),
     "started": bool,
     "reason": REASON | None,
 }
-CERTIFICATE: Form = {"step": Count, "heights": Text | None}
+CERTIFICATE: Form = {"step": Count, "heights": Maybe(Text)}
 CELLS: Form = dict.fromkeys(("step", "samples", "orbits"), Count)
 SOURCE: Form = {"kind": Name}
 SHAPES: dict[str, Form] = {
