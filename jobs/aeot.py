@@ -38,7 +38,7 @@ from distot.models.autoencoder import about
 from distot.models.datasets import PICTURES, TOYS
 from distot.store import RowFile, Run, new_file, new_latents, new_npy, open_latents
 from distot.store.places import digest
-from jobs.demo import say
+from jobs.demo import begun, remembered, say
 
 ROWS = 4096  # decoded at once
 DONE = ("until_chi2", "max_samples", "exact")
@@ -240,7 +240,7 @@ class Job:
     def stages(self) -> dict[str, Any]:
         """What each stage has made its file of."""
         file = self.folder / "stages.json"
-        return dict(json.loads(file.read_text())) if file.exists() else {}
+        return remembered(file) if file.exists() else {}
 
     def do(self, stage: str) -> str:
         """Does a stage; what it came to."""
@@ -281,20 +281,6 @@ def forget(folder: Path, first: str) -> None:
         (folder / "training.safetensors").unlink(missing_ok=True)
 
 
-def begun(folder: Path, settings: Settings) -> None:
-    """Keeps the settings of a folder. Raises InputError if it was begun with others."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file, words = folder / "settings.json", asdict(settings)
-    if not file.exists():
-        with new_file(file) as partial:
-            partial.write_text(json.dumps(words, indent=1))
-        return
-    kept = json.loads(file.read_text())
-    other = [f"{name} {kept.get(name)} instead of {value}" for name, value in words.items() if kept.get(name) != value]
-    if other:
-        raise InputError(f"{folder} was begun with {', '.join(other)}; give the same options, or another folder")
-
-
 def main(
     data: Annotated[str, typer.Argument(help="digits, patches, gaussians8, gaussians25, swissroll, or a folder.")],
     out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Where everything goes.")],
@@ -325,7 +311,7 @@ def main(
     )
     if redo is not None:
         forget(out, redo)
-    begun(out, settings)
+    begun(out, asdict(settings))
     job, began = Job(out, settings, Places(workers, ray, device, max_seconds)), time.monotonic()
     for name in FILES:
         if job.done(name):

@@ -27,6 +27,7 @@ from distot.console import start
 from distot.models import Critic, Data, Estimate, Judge, Scores, load
 from distot.models.autoencoder import dense
 from distot.models.datasets import floats
+from distot.store import check_out, fresh_file
 from jobs.demo import say
 
 NOISE, WIDTH, BATCH, RATE = 16, 256, 256, 5e-3  # noise has no more numbers than data
@@ -115,7 +116,8 @@ def draw(results: dict[str, dict[str, Result]], file: Path) -> None:
                 tiles = found.samples[:144, 0].reshape(12, 12, *found.samples.shape[2:])
                 axis.imshow(tiles.permute(0, 2, 1, 3).flatten(2).flatten(0, 1), cmap="gray_r", vmin=0, vmax=1)
             axis.set(title=f"{name}, {cost.upper()}", xticks=[], yticks=[])
-    figure.savefig(file, dpi=75)
+    with fresh_file(file) as partial:
+        figure.savefig(partial, dpi=75, format=file.suffix.removeprefix(".") or "png")
 
 
 def main(
@@ -129,6 +131,8 @@ def main(
     """
     if picture is not None and find_spec("matplotlib") is None:
         raise distot.InputError("a picture needs matplotlib: pip install 'distot[bench]'")
+    if picture is not None:
+        check_out(picture)
     steps = 60 if quick else steps
     results: dict[str, dict[str, Result]] = {}
     say("set          cost  modes  worst share  between  FD        distance             training")

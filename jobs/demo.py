@@ -5,10 +5,11 @@ python -m jobs.demo [FOLDER]
 
 from __future__ import annotations
 
+import json
 import shlex
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import typer
@@ -17,14 +18,49 @@ from rich.console import Console
 import distot
 from distot.cli import main as command
 from distot.console import start
-from distot.store import typed
-from jobs.patches import patches
+from distot.errors import InputError
+from distot.store import new_file, open_latents, typed
+from jobs.patches import keep, patches
 
 console = Console(highlight=False)
 
 
 def say(text: str) -> None:
     console.print(text, soft_wrap=True)
+
+
+def begun(
+    folder: Path, said: dict[str, Any], usual: dict[str, Any] | None = None, latents: Path | None = None
+) -> dict[str, Any]:
+    """The settings of a folder, kept there: what was said, and for None what it was begun with, or what is usual.
+
+    Raises InputError if it was begun with something else, or holds ``latents`` of another shape.
+    """
+    file, kept = folder / "settings.json", dict[str, Any]()
+    if file.exists():
+        kept = remembered(file)
+    elif latents is not None and latents.exists():  # begun by a version that kept none
+        kept = said | dict(zip(("count", "dim"), open_latents(latents).shape, strict=True))
+    settings = (usual or {}) | kept | {name: value for name, value in said.items() if value is not None or not usual}
+    if other := [
+        f"{name} {kept.get(name)} instead of {value}"
+        for name, value in settings.items()
+        if kept and kept.get(name) != value
+    ]:
+        raise InputError(f"{folder} was begun with {', '.join(other)}; give the same options, or another folder")
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with new_file(file) as partial:
+            partial.write_text(json.dumps(settings, indent=1))
+    return settings
+
+
+def remembered(file: Path) -> dict[str, Any]:
+    """What a job has kept in a file of JSON. Raises InputError if it is damaged."""
+    try:
+        return dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{file} is damaged ({error}); delete {file.parent}, or choose another folder") from error
 
 
 def run(*words: str) -> None:
@@ -39,22 +75,23 @@ def run(*words: str) -> None:
 
 def main(
     folder: Annotated[Path, typer.Argument(help="Where to put the results.")] = Path("demo"),
-    count: Annotated[int, typer.Option(help="Number of image patches.")] = 20_000,
-    dim: Annotated[int, typer.Option(help="Dimension of the latents.")] = 32,
+    count: Annotated[int | None, typer.Option(help="Number of image patches; default: 20,000.")] = None,
+    dim: Annotated[int | None, typer.Option(help="Dimension of the latents; default: 32.")] = None,
 ) -> None:
     """Solve the optimal transport from Gaussian noise to image patches."""
     began = time.monotonic()
     latents, result = folder / "latents.zarr", folder / "run.zarr"
+    its = begun(folder, {"count": count, "dim": dim, "flips": False}, {"count": 20_000, "dim": 32}, latents)
+    count, dim = its["count"], its["dim"]
     if result.exists():
         say(f"{result} is there already; go on with it by `distot resume {typed(result)}`, or delete {folder}/ first.")
         run("inspect", str(result))
         return
-    folder.mkdir(parents=True, exist_ok=True)
     if not latents.exists():
         say(
             f"{count:,} patches of 8 x 8 x 3 from two photographs, by PCA latents of dimension {dim} (jobs/patches.py)."
         )
-        np.save(folder / "patches.npy", patches(count, dim))
+        keep(folder / "patches.npy", patches(count, dim))
         run("ingest", str(folder / "patches.npy"), str(latents))
     say(
         f"\nNow the transport: split Gaussian noise into {count:,} cells, one for each patch, all equally likely,\n"
@@ -78,7 +115,7 @@ def main(
         f"distot certify {typed(result)} --seed-step 1        measure it again with other samples",
         f"distot resume {typed(result)} --until-chi2 0.03     go on to a finer answer",
         f"distot solve {typed(latents)} {typed(folder / 'ball.zarr')} --source ball --radius 5",
-        f"python -c \"import distot; print(distot.load('{result}').heights)\"",
+        shlex.join(["python", "-c", f"import distot; print(distot.load({str(result)!r}).heights)"]),
     ):
         say(f"  {line}")
 

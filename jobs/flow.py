@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 import distot
 from distot.console import start
+from distot.store import check_out, fresh_file
 from jobs.demo import say
 
 BATCH, WIDTH, RATE = 256, 128, 2e-3
@@ -158,7 +159,8 @@ def draw(results: dict[str, dict[str, Result]], file: Path) -> None:
             axis.loglog(list(found.distance), list(found.distance.values()), "o-", label=name, markersize=3)
         axis.set(title=title, xlabel="Euler steps", ylabel="sliced W2 to data")
     axes[-1].legend(fontsize=8)
-    figure.savefig(file, dpi=75)
+    with fresh_file(file) as partial:
+        figure.savefig(partial, dpi=75, format=file.suffix.removeprefix(".") or "png")
 
 
 def main(
@@ -169,6 +171,8 @@ def main(
     """Train three flows on each of two data sets and compare them."""
     if picture is not None and find_spec("matplotlib") is None:
         raise distot.InputError("a picture needs matplotlib: pip install 'distot[bench]'")
+    if picture is not None:
+        check_out(picture)
     steps, goal = (50, 0.3) if quick else (steps, 0.05)
     sets = {"eight Gaussians": (ring(1000 if quick else 4000, 0), ring(2000, 1)), "digits": (digits(), digits())}
     results: dict[str, dict[str, Result]] = {}

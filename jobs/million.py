@@ -12,26 +12,25 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import typer
 
 from distot.console import start
-from jobs.demo import run, say
-from jobs.patches import patches
+from jobs.demo import begun, run, say
+from jobs.patches import keep, patches
 from jobs.solve import main as solve
 
 
 def main(
     folder: Annotated[Path, typer.Argument(help="Where to put latents and run.")] = Path("million"),
-    count: Annotated[int, typer.Option(help="Number of image patches.")] = 1_000_000,
-    dim: Annotated[int, typer.Option(help="Dimension of the latents.")] = 32,
+    count: Annotated[int | None, typer.Option(help="Number of image patches; default: 1,000,000.")] = None,
+    dim: Annotated[int | None, typer.Option(help="Dimension of the latents; default: 32.")] = None,
     until_chi2: Annotated[float, typer.Option(help="Goal for the squared relative error of the cell masses.")] = 0.1,
 ) -> None:
     """Solve the optimal transport from Gaussian noise to a million image patches."""
     latents, result = folder / "latents.zarr", folder / "run.zarr"
-    folder.mkdir(parents=True, exist_ok=True)
+    its = begun(folder, {"count": count, "dim": dim, "flips": True}, {"count": 1_000_000, "dim": 32}, latents)
     if not latents.exists():
-        np.save(folder / "patches.npy", patches(count, dim, flips=True))
+        keep(folder / "patches.npy", patches(its["count"], its["dim"], flips=True))
         run("ingest", str(folder / "patches.npy"), str(latents))
     try:
         solve([str(latents), str(result), "--until-chi2", str(until_chi2)])

@@ -21,6 +21,7 @@ from sklearn.datasets import load_sample_images
 from sklearn.decomposition import PCA
 
 from distot.console import start
+from distot.store import check_out, read_npy, save_npy
 
 SIDE = 8
 
@@ -43,6 +44,12 @@ def patches(count: int, dim: int, seed: int = 0, whiten: bool = False, flips: bo
     return PCA(dim, svd_solver="covariance_eigh", whiten=whiten).fit_transform(values).astype(np.float32)
 
 
+def keep(path: Path, values: NDArray[np.float32]) -> None:
+    """Writes patches that are not there yet. Raises StoreError if there is something else."""
+    if not (path.is_file() and np.array_equal(read_npy(path), values)):
+        save_npy(path, values)
+
+
 def main(
     out: Path,
     count: Annotated[int, typer.Option(help="Number of latents.")] = 20_000,
@@ -52,7 +59,8 @@ def main(
     flips: Annotated[bool, typer.Option(help="Take patches of the mirrored pictures as well.")] = False,
 ) -> None:
     """Write image patches as an npy file."""
-    np.save(out, patches(count, dim, seed, whiten, flips))
+    check_out(out)
+    save_npy(out, patches(count, dim, seed, whiten, flips))
 
 
 if __name__ == "__main__":
