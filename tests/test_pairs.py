@@ -386,7 +386,8 @@ def test_sources_side_by_side() -> None:
 
 
 def test_a_plan_sampler_in_the_place_of_another() -> None:
-    sampler = distot.PlanSampler(solution(), labels=LABELS)
+    with pytest.warns(distot.DistotWarning, match="one map for all latents pairs noise with labels"):
+        sampler = distot.PlanSampler(solution(), labels=LABELS)
     x0, x1 = torch.randn(32, 2, 2, dtype=torch.float64), torch.zeros(32, 2, 2)
     same, latent = sampler.sample_plan(x0, x1, replace=False)
     assert same is x0

@@ -5,7 +5,6 @@ Legend: B samples, N latents, n atoms (equal latents are one), d dimension, k wi
 
 from __future__ import annotations
 
-import hashlib
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor
 from distot.assign import Winners
 from distot.atoms import SHARE, Rows, available
 from distot.entropic import Soft
+from distot.errors import StoreError
 from distot.given import array
 from distot.orbit import Orbit
 from distot.pairs.noise import Chance, Noise, check_seed
@@ -42,7 +42,7 @@ class Coupling:
         whole = Orbit(source.dim, "none", self.problem.seed) if self.basis is None else self.problem.orbit
         self.noise = Noise(source, whole, seed)
         rows, kept = solution.held.latents, self.problem.target.atoms.kept
-        self.opened = Opened(rows.path) if isinstance(rows, Latents) and kept == "disk" else None
+        self.opened = Opened(rows.place) if isinstance(rows, Latents) and kept == "disk" else None
         self.soft: Soft | None = entropic_part(self.problem, solution.options)
 
     @property
@@ -111,19 +111,13 @@ class Coupling:
         place = np.searchsorted(self._ends, begin + u * (end - begin), side="right") - 1
         return order[np.clip(place, starts[atom], starts[atom + 1] - 1)]
 
-    @cached_property
-    def digest(self) -> str:
-        """A hash of the heights: pairs of other heights are other pairs."""
-        average = self.solution.held.progress.state.average.cpu().numpy()
-        return hashlib.sha256(np.ascontiguousarray(average).data).hexdigest()[:32]
-
 
 class Shelf:
     """Latents by their index, as float32 tensors; a store that fits is read into memory once."""
 
     def __init__(self, rows: Rows) -> None:
         self.rows: Rows | Latents = rows
-        self.opened = Opened(rows.path) if isinstance(rows, Latents) else None
+        self.opened = Opened(rows.place) if isinstance(rows, Latents) else None
         if isinstance(rows, Latents):
             size = rows.shape[0] * rows.shape[1] * rows.dtype.itemsize
             if size <= SHARE * available(torch.device("cpu")):
@@ -131,7 +125,12 @@ class Shelf:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For another process, which opens a store again."""
-        return (Shelf, (self.rows,)) if self.opened is None else (_opened_shelf, (self.opened.place,))
+        if self.opened is None or not isinstance(self.rows, Latents):
+            return Shelf, (self.rows,)
+        return _opened_shelf, (self.opened.place, self.rows.fingerprint)
+
+    def __deepcopy__(self, memo: object) -> Shelf:
+        return self
 
     def take(self, index: Index) -> Tensor:
         """(B, d) for any numbers of latents (B,)."""
@@ -141,5 +140,8 @@ class Shelf:
         return torch.from_numpy(np.ascontiguousarray(found, dtype=np.float32))
 
 
-def _opened_shelf(place: Place) -> Shelf:
-    return Shelf(open_latents(place))
+def _opened_shelf(place: Place, fingerprint: str | None) -> Shelf:
+    rows = open_latents(place)
+    if rows.fingerprint != fingerprint:
+        raise StoreError(f"the latents at {place} are others than before (their fingerprint differs); put those back")
+    return Shelf(rows)

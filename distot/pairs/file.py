@@ -6,15 +6,14 @@ Legend: E samples, N latents, d dimension.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
-import numpy as np
-
 from distot.api import load
-from distot.atoms import blocks
 from distot.case import as_rows
 from distot.errors import InputError, StoreError
-from distot.fingerprint import Fingerprint
+from distot.fingerprint import fingerprint_of
+from distot.identity import check_source
 from distot.pairs.balance import Balanced, balance, balanced_index
 from distot.pairs.coupling import Coupling, Shelf
 from distot.pairs.dataset import batch_of
@@ -22,7 +21,7 @@ from distot.pairs.loader import Batch, Loader, Plan
 from distot.pairs.noise import NOISE, check_seed, from_noise
 from distot.solution import Solution
 from distot.source import as_source
-from distot.store import Latents, Place, RowFile, new_rows
+from distot.store import Latents, Place, RowFile, as_place, check_out, new_rows, typed
 
 KIND = "distot-pairs"
 PART = 8192  # samples that are searched and written at a time
@@ -55,15 +54,16 @@ def write_pairs(
     count = coupling.latents if samples is None else samples
     if count < 1:
         raise InputError(f"samples must be at least 1, it is {count}")
+    check_out(as_place(out), found.run and found.run.path, getattr(found.held.latents, "path", None), goes_on=True)
     about, arrays = coupling.noise.spec()
-    about |= {
+    decided = {name: value for name, value in found.decided().items() if name not in ("latents", *about)}
+    about |= decided | {
         "kind": KIND,
         "epoch": epoch,
         "balanced": balanced,
-        "epsilon": found.options.epsilon,
+        "top_k": None if coupling.soft is None else coupling.soft.top_k,
         "shape": list(found.facts.shape),
         "fingerprint": coupling.problem.target.fingerprint,
-        "heights": coupling.digest,
     }
     with new_rows(out, count, {"index": ("int64", None)}, about, arrays, PART) as rows:
         if rows.complete:
@@ -104,37 +104,51 @@ class PairFile(Loader):
         world: int | None = None,
         source: object = None,
     ) -> None:
-        self.file = RowFile(path)
-        about = self.file.about
+        self.file = file = RowFile(path)
+        self.about, self._place, about = file.about, file.opened.place, file.about
         if about.get("kind") != KIND:
-            raise StoreError(f"{path} holds no pairs; distot pairs RUN.zarr {path} makes some")
-        if not self.file.complete and not partial:
+            raise StoreError(f"{path} holds no pairs; distot pairs RUN.zarr {typed(path)} makes some")
+        if not file.complete and not partial:
             raise InputError(
-                f"{path} has {self.file.written:,} of {self.file.rows:,} pairs; give the command that wrote it again "
-                "to go on, or partial=True to take those that are there"
+                f"{path} has {file.written:,} of {file.rows:,} pairs; give the command that wrote it again to go on, "
+                "or partial=True to take those that are there"
             )
         own = None if source is None else as_source(source, about["shape"][1])
-        self.noise = from_noise(
-            about, {NOISE + name: self.file.vector(NOISE + name) for name in about["source_arrays"]}, own
-        )
-        self.shelf = None if latents is None else Shelf(_checked(latents, about, str(path)))
-        plan = Plan(self.file.written, batch, about["seed"], endless=endless)
+        arrays = {name: file.vector(NOISE + name) for name in about["source_arrays"]}
+        if own is not None:
+            check_source(own, about["source"], arrays, str(path))
+        self.noise = from_noise(about, {NOISE + name: its for name, its in arrays.items()}, own)
+        self._rows = None if latents is None else _checked(latents, about, str(path))
+        plan = Plan(file.written, batch, about["seed"], endless=endless)
         super().__init__(plan, epoch, start, rank, world, drop_last)
+        _ = self.shelf  # read once, before workers are forked
+
+    @cached_property
+    def file(self) -> RowFile:
+        """The pairs, in another process. Raises StoreError if others lie there now."""
+        found = RowFile(self._place)
+        if found.about != self.about or found.written < self.plan.samples:
+            raise StoreError(f"{self._place} holds other pairs than when this loader was made; make it again")
+        return found
+
+    @cached_property
+    def shelf(self) -> Shelf | None:
+        return None if self._rows is None else Shelf(_checked(self._rows, self.about, str(self._place)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For workers that are not forked: where pairs and latents are, which are opened and compared again there."""
+        rows = self._rows.place if isinstance(self._rows, Latents) else self._rows
+        state = super().__getstate__() | {"_rows": rows}
+        return {name: value for name, value in state.items() if name not in ("file", "shelf")}
 
     def make(self, epoch: int, first: int, last: int) -> Batch:
-        x = self.noise.samples(self.file.about["epoch"], first, last)
+        x = self.noise.samples(self.about["epoch"], first, last)
         return batch_of(x, self.file.read("index", slice(first, last)), self.shelf)
 
 
 def _checked(latents: object, about: dict[str, Any], name: str) -> Any:
     """Latents as rows. Raises InputError if they are others than those of the pairs."""
     rows = latents.held.latents if isinstance(latents, Solution) else as_rows(latents)
-    known = rows.fingerprint if isinstance(rows, Latents) else None
-    if known is None and list(rows.shape) == about["shape"]:
-        found = Fingerprint(rows.shape, np.dtype(rows.dtype))
-        for block in blocks(rows.shape[0], rows.shape[1]):
-            found.update(np.asarray(rows[block]))
-        known = found.hexdigest()
-    if known != about["fingerprint"]:
+    if list(rows.shape) != about["shape"] or fingerprint_of(rows) != about["fingerprint"]:
         raise InputError(f"the pairs in {name} are of other latents, of shape {tuple(about['shape'])}; give these")
     return rows
