@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from distot.errors import InputError
 from distot.readers import FLOATS, Reader, open_reader
-from distot.store import Place, as_place, new_latents, open_latents
+from distot.store import Place, as_place, check_out, new_latents, open_latents
 from distot.target import check_mass, check_rows
 from distot.wanted import Wanted
 
@@ -49,6 +49,7 @@ def ingest(
     is left there.
     """
     source, destination = as_place(source), as_place(destination)
+    check_out(destination, source, None if mass is None else as_place(mass))
     reader = open_reader(source, Wanted(key, besides=mass_key if mass is None else None))
     reader.check_numbers()
     shape = _row_shape(reader, flatten)

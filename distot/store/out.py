@@ -38,6 +38,8 @@ def _lies_in(out: Place, place: Place) -> bool:
         return same and f"{out.key}/".startswith(f"{place.key}/" if place.key else "")  # type: ignore[union-attr]
     if not place.exists():
         return False
+    while any((place.parent / name).is_file() for name in ("zarr.json", ".zgroup")):
+        place = place.parent  # an array in a store: the whole store is read
     real = out.resolve()  # links, hard ones too, and the case of letters are for the file system to see through
     return any(its.exists() and its.samefile(place) for its in (real, *real.parents))
 
