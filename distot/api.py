@@ -6,6 +6,7 @@ Legend: N latents, d dimension.
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ from torch import Tensor
 
 from distot import work
 from distot.case import Listen, Room
-from distot.errors import InputError
+from distot.errors import DistotWarning, InputError
 from distot.generate import Mixing
 from distot.given import array
-from distot.outputs import AssignFile, Generate, Made
+from distot.outputs import AssignFile, Generate, Made, notes_on
 from distot.schedule import Options
 from distot.solution import Solution
 from distot.store import Place, Url, as_place
@@ -200,6 +201,8 @@ def assign_file(
     """
     given = as_place(samples) if isinstance(samples, str | Path | Url) else array(samples, "the array of samples")
     task = AssignFile(as_place(run), source, _path(latents), _on(device), samples=given, out=as_place(out))
+    for note in notes_on(given):
+        warnings.warn(note, DistotWarning, stacklevel=2)
     found: int = do(task, workers, replicas, ray, device)
     return found
 

@@ -52,6 +52,13 @@ def _samples(samples: Place | NDArray[Any]) -> Rows:
     return rows
 
 
+def notes_on(samples: object) -> tuple[str, ...]:
+    """What the user should know of samples that another program has stored."""
+    if not isinstance(samples, Path | Url) or samples.suffix == ".npy":
+        return ()
+    return open_latents(samples).notes
+
+
 @dataclass(frozen=True)
 class AssignFile(Opened):
     """The latents of samples (B, d), written by the first process to ``out`` (B,), an npy file or a zarr store; B.

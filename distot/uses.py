@@ -11,7 +11,8 @@ import typer
 
 import distot
 from distot.arguments import Device, Json, Moved, RayAddress, Replicas, RunPath, Workers, parse_count
-from distot.console import err, print_json
+from distot.console import err, print_json, say
+from distot.outputs import notes_on
 from distot.store import as_place, check_out, save_npy
 from distot.work import Load
 
@@ -39,6 +40,8 @@ def assign(
     count = distot.assign_file(
         run, samples, out, latents=latents, device=device, workers=workers, replicas=replicas, ray=ray
     )
+    for note in notes_on(samples):
+        say("note", "yellow", note)
     print(f"{out}: the latents of {count:,} samples")
     return 0
 

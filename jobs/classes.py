@@ -8,6 +8,7 @@ Started again it goes on with what is not done yet. Then ``distot.ClassPairs("cl
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -16,13 +17,13 @@ import typer
 import distot
 from distot.arguments import Count, RayAddress, Seconds, Workers, parse_goal
 from distot.console import start
-from distot.store import as_place
+from distot.store import as_place, read_npy
 from jobs.demo import say
 
 
 def main(
     latents: Annotated[str, typer.Argument(metavar="LATENTS", help="npy file, or a store made by `distot ingest`.")],
-    labels: Annotated[str, typer.Argument(metavar="LABELS.npy", help="One label for each latent.")],
+    labels: Annotated[Path, typer.Argument(metavar="LABELS.npy", help="One label for each latent.")],
     folder: Annotated[Any, typer.Argument(parser=as_place, metavar="FOLDER", help="Where the runs of all classes go.")],
     source: Annotated[str, typer.Option(help="gaussian, cube, ball or sphere.")] = "gaussian",
     until_chi2: Annotated[float, typer.Option(parser=parse_goal, metavar="CHI2", help="Goal of each class.")] = "0.05",  # type: ignore[assignment]
@@ -33,10 +34,10 @@ def main(
 ) -> None:
     """Solve a transport problem for each class, or go on with those that are not done."""
     budget = {"max_samples": max_samples, "max_seconds": max_seconds}
-    rows = np.load(latents, mmap_mode="r") if latents.endswith(".npy") else latents
+    rows = read_npy(Path(latents)) if latents.endswith(".npy") else latents
     found = distot.solve_classes(
         rows,
-        np.load(labels),
+        np.array(read_npy(labels)),
         source,
         run=folder,
         on_class=lambda label, count: say(f"class {label}: {count:,} latents"),

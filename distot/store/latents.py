@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Annotated, Any
@@ -37,15 +38,22 @@ ATTRIBUTES: Form = {
     "origin": str | None,
 }
 CHUNK_BYTES, CHUNKS_PER_SHARD = 2 << 20, 32
+PACKED = {"scale_factor": 1, "add_offset": 0}  # of the CF conventions, with the value that changes nothing
+TEXT = re.compile(r"values of type .*(string|utf|datetime|timedelta|'.?[USMm]\d)")  # arrays that can be no latents
 
 
 class Latents:
     """Rows of a latents store or of any 2-D zarr array, read by range; satisfies ``atoms.Rows``, ``atoms.Stored``."""
 
     def __init__(
-        self, path: Place, array: zarr.Array[Any], mass: NDArray[Any] | None, attributes: dict[str, Any]
+        self,
+        path: Place,
+        array: zarr.Array[Any],
+        mass: NDArray[Any] | None,
+        attributes: dict[str, Any],
+        left: Sequence[str] = (),
     ) -> None:
-        self.path, self.array, self.mass, self.attributes = path, array, mass, attributes
+        self.path, self.array, self.mass, self.attributes, self.left = path, array, mass, attributes, left
         self.place = path.resolve()  # also from another folder
         self.bfloat16 = attributes.get("dtype") == "bfloat16"
         self.shape: tuple[int, ...] = array.shape
@@ -87,16 +95,24 @@ class Latents:
 
     @cached_property
     def notes(self) -> tuple[str, ...]:
-        """What its user should know: chunks of an array from elsewhere that are not there, which zarr does not mind."""
+        """What its user should know of an array from elsewhere: chunks that are not there, which zarr does not mind,
+        what else lies beside it, and what its attributes say of its numbers."""
         if self.attributes.get("format") == FORMAT:  # was checked when it was opened
             return ()
+        notes = []
+        if self.left:
+            rest = ", ".join(self.left[:20]) + (", ..." if self.left[20:] else "")
+            notes.append(f"the array {self.path} is read; left out beside it: {rest}")
+        for name in ("_FillValue", "missing_value"):
+            if (value := self.array.attrs.get(name)) is not None and not _is_nan(value):
+                notes.append(f"{name} of {self.path} says that {value} means none; it is read as a number")
         missing = missing_chunks(self.path, self.array)
         fill = f"{self.array.fill_value!s}" if missing else ""
         note = (
             f"{missing:,} chunks of {self.path} are not stored, and are read as {fill}, its fill value; if that is not "
             "meant, the copy is not complete: copy it again"
         )
-        return (note,) if missing else ()
+        return (*notes, note) if missing else tuple(notes)
 
 
 class HeldRows:
@@ -120,10 +136,11 @@ def open_latents(path: str | Place, array: str | None = None, links: bool = True
     path = as_place(path)
     node = open_node(path, foreign=True, links=links)
     if isinstance(node, zarr.Array):
-        return Latents(path, node, None, {})
+        return _foreign(path, node)
     with meaningful(path), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Object at .* is not recognized")  # those that are refused
         attributes, arrays = dict(node.attrs), dict(node.arrays())
+        groups = [f"{name}/" for name in node.group_keys()]
     if attributes.get("format") == "distot-run":
         raise InputError(f"{path} is a run, not latents; give the latents it was solved for")
     if attributes.get("unfinished") and "written" in attributes:
@@ -133,12 +150,34 @@ def open_latents(path: str | Place, array: str | None = None, links: bool = True
     refused = refusals(node)
     if attributes.get("format") == FORMAT:
         return _own(path, arrays, refused, attributes)
-    names = [array] if array else [name for name, a in arrays.items() if a.ndim == 2]
-    if len(names) == 1 and names[0] in arrays:
-        return Latents(path / names[0], arrays[names[0]], None, {})
+    if array is not None and "/" in array.strip("/") and array.split("/")[0] in node:
+        first, _, rest = array.partition("/")
+        return open_latents(path / first, rest, links)
+    strange = [name for name, why in refused.items() if not TEXT.search(why)]
+    names = [array] if array else [name for name, a in arrays.items() if a.ndim >= 2]
+    if len(names) == 1 and names[0] in arrays and (array or not strange):
+        left = [] if array else sorted([*(name for name in arrays if name != names[0]), *refused, *groups])
+        return _foreign(path / names[0], arrays[names[0]], left)
     if refused and (array in refused or (array is None and not names)):
         raise StoreError(refused[array or min(refused)])
-    raise InputError(f"{path} holds the arrays {sorted(arrays)}; name the one with the latents (--key)")
+    beside = f" and the groups {sorted(groups)}" if groups else ""
+    beside += f", and what cannot be read ({', '.join(sorted(strange))})" if strange else ""
+    raise InputError(f"{path} holds the arrays {sorted(arrays)}{beside}; name the one with the latents (ingest --key)")
+
+
+def _foreign(path: Place, array: zarr.Array[Any], left: Sequence[str] = ()) -> Latents:
+    """An array that another program has written. Raises InputError if its numbers are others than those stored."""
+    packed = [f"{name} = {array.attrs[name]}" for name, none in PACKED.items() if array.attrs.get(name, none) != none]
+    if packed:
+        raise InputError(
+            f"the numbers of {path} are packed ({', '.join(packed)}); save them unpacked, as xarray has them in memory"
+        )
+    return Latents(path, array, None, {}, left)
+
+
+def _is_nan(value: Any) -> bool:
+    """Whether an attribute is NaN, in any of the ways that zarr and xarray write it."""
+    return value != value or str(value) in ("NaN", "AAAAAAAA+H8=", "AADAfw==")
 
 
 def _own(path: Place, arrays: dict[str, zarr.Array[Any]], refused: dict[str, str], about: dict[str, Any]) -> Latents:
