@@ -49,7 +49,7 @@ class NumbersOnly(WrapperStore[Store]):
             return None
         self._admit(key, name in (".zarray", ".zattrs", ".zgroup", "zarr.json"))
         found = await self._store.get(key, prototype, byte_range)
-        if found is None or name not in (".zarray", "zarr.json"):
+        if found is None or name not in (".zarray", ".zattrs", "zarr.json"):
             return found
         about = self._metadata(key, found.to_bytes())
         return None if about is None else prototype.buffer.from_bytes(json.dumps(about).encode())
@@ -87,10 +87,10 @@ class NumbersOnly(WrapperStore[Store]):
             about = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise StoreError(f"{place} is damaged ({error}); restore it, or make the store anew") from error
-        if not isinstance(about, dict):
-            raise StoreError(f"{place} is damaged (it is no record); restore it, or make the store anew")
+        if not (isinstance(about, dict) and isinstance(about.get("attributes", {}), dict)):
+            raise StoreError(f"{place} is damaged (it holds no record); restore it, or make the store anew")
         about.pop("consolidated_metadata", None)  # the metadata of what is below, once more
-        if about.get("node_type") == "group":
+        if key.endswith(".zattrs") or about.get("node_type") == "group":
             return about
         wrong = _wrong_2(about) if key.endswith(".zarray") else _wrong(about)
         if wrong is None:

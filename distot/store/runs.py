@@ -52,6 +52,7 @@ CONFIG: Form = {
     "shape": Annotated[list[Annotated[int, (1, MOST - 1)]], 2],
     "mass": bool,
     "masses": Maybe(Text | None),  # a hash of those in effect, where they are not equal ones
+    "merged": Maybe(bool),  # whether latents that float32 scores cannot tell apart are one atom
     "init": bool,
     "source": dict[str, Any],
     "source_arrays": list[Name],
