@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,18 +13,19 @@ from numpy.lib.format import write_array_header_1_0
 from numpy.typing import DTypeLike, NDArray
 
 from distot.errors import InputError, StoreError
-from distot.store.files import need_space, new_file
+from distot.store.files import explained, need_space, new_file
 from distot.store.places import Place, Url
 
 
 def check_out(out: Place, *read: object, goes_on: bool = False) -> None:
     """Raises InputError if ``out`` is, or lies in, a place that is read, however either is spelled; StoreError if
     something is there, unless the writer ``goes_on`` with what it finds."""
-    for place in read:
-        if isinstance(place, Path | Url) and _lies_in(out, place):
-            raise InputError(f"writing {out} would change {place}, which is read; choose another name")
-    if not goes_on:
-        check_free(out)
+    with explained("write", out):
+        for place in read:
+            if isinstance(place, Path | Url) and _lies_in(out, place):
+                raise InputError(f"writing {out} would change {place}, which is read; choose another name")
+        if not goes_on:
+            check_free(out)
 
 
 def check_free(out: Place) -> None:
@@ -40,7 +42,7 @@ def _lies_in(out: Place, place: Place) -> bool:
         return False
     while any((place.parent / name).is_file() for name in ("zarr.json", ".zgroup")):
         place = place.parent  # an array in a store: the whole store is read
-    real = out.resolve()  # links, hard ones too, and the case of letters are for the file system to see through
+    real = Path(os.path.realpath(out))  # the file system sees through hard links and the case of letters
     return any(its.exists() and its.samefile(place) for its in (real, *real.parents))
 
 
