@@ -87,7 +87,7 @@ def reading(path: Place, *also: type[Exception]) -> Iterator[None]:
     """Turns what the libraries raise on a damaged file, and the operating system on any, into one sentence."""
     with explained("read", path):
         try:
-            check_plain(path, links=True)
+            check_plain(path, links=True, pipes=True)  # who names a pipe may be about to write to it
             yield
         except DistotError:
             raise

@@ -64,8 +64,8 @@ def explained(doing: str, path: Place) -> Iterator[None]:
         raise StoreError(f"cannot {doing} {path}: {remedy}") from error
 
 
-def check_plain(path: Place, links: bool = False) -> None:
-    """Raises StoreError for what is neither a file nor a folder: a pipe or device, and a link, unless ``links`` may be.
+def check_plain(path: Place, links: bool = False, pipes: bool = False) -> None:
+    """Raises StoreError for what is neither a file nor a folder: a device, a pipe or a link, unless those may be.
 
     Nothing that lies in a run may lead out of it, or keep its reader waiting for ever. What is not there is plain.
     """
@@ -81,7 +81,7 @@ def check_plain(path: Place, links: bool = False) -> None:
         raise StoreError(
             f"{path} is a symbolic link, which distot does not follow there; put in its place what it names"
         )
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or (pipes and stat.S_ISFIFO(mode))):
         raise StoreError(f"{path} is no file but a pipe or device; delete it")
 
 
