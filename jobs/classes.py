@@ -26,14 +26,17 @@ def main(
     labels: Annotated[Path, typer.Argument(metavar="LABELS.npy", help="One label for each latent.")],
     folder: Annotated[Any, typer.Argument(parser=as_place, metavar="FOLDER", help="Where the runs of all classes go.")],
     source: Annotated[str, typer.Option(help="gaussian, cube, ball or sphere.")] = "gaussian",
-    until_chi2: Annotated[float, typer.Option(parser=parse_goal, metavar="CHI2", help="Goal of each class.")] = "0.05",  # type: ignore[assignment]
+    until_chi2: Annotated[
+        float | None,
+        typer.Option(parser=parse_goal, metavar="CHI2", help="Goal of each class; default: as before, or 0.05."),
+    ] = None,
     max_samples: Count = None,
     max_seconds: Seconds = None,
     workers: Workers = None,
     ray: RayAddress = None,
 ) -> None:
     """Solve a transport problem for each class, or go on with those that are not done."""
-    budget = {"max_samples": max_samples, "max_seconds": max_seconds}
+    said = {"until_chi2": until_chi2, "max_samples": max_samples, "max_seconds": max_seconds}
     rows = read_npy(Path(latents)) if latents.endswith(".npy") else latents
     found = distot.solve_classes(
         rows,
@@ -43,8 +46,7 @@ def main(
         on_class=lambda label, count: say(f"class {label}: {count:,} latents"),
         workers=workers,
         ray=ray,
-        until_chi2=None if until_chi2 == math.inf else until_chi2,
-        **{name: value for name, value in budget.items() if value is not None},
+        **{name: None if value == math.inf else value for name, value in said.items() if value is not None},
     )
     say("\nclass    latents    chi2      ended by")
     for label, its in found.items():
