@@ -174,7 +174,7 @@ class Shelf:
         """Folders of checkpoints, whole or not; a link is none."""
         if isinstance(self.path, Url):
             names = {name.split("/")[0] for name in self.path.files()}
-            return [self.path / name for name in sorted(names) if NAME.fullmatch(name)]
+            return [self.path / name for name in sorted(names) if name.startswith("step-")]
         found = [folder for folder in self.path.glob("step-*") if NAME.fullmatch(folder.name)]
         return [folder for folder in found if folder.is_dir() and not folder.is_symlink()]
 
