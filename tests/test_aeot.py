@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 
 import distot
 from distot.errors import InputError
-from distot.models import Autoencoder
+from distot.models import Autoencoder, load
 from distot.store import RowFile, new_latents, open_latents
 from jobs import aeot
 
@@ -128,3 +130,31 @@ def test_warns_of_a_run_that_is_not_solved(tmp_path: Path, capsys: pytest.Captur
     distot.solve(job.folder / "latents.zarr", max_samples=300, run=job.folder / "run.zarr", progress=False)
     job.generate()
     assert "not solved well enough, chi2" in capsys.readouterr().out
+
+
+def test_stages_that_were_made_of_something_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that went on, images or latents that were replaced, other data in the place of those that were learnt."""
+    folder = tmp_path / "toy"
+    for last in ("evaluate", "report"):
+        monkeypatch.delitem(aeot.FILES, last)
+    run(folder, capsys, latent=3)
+    assert run(folder, capsys, latent=3).count("is there") == len(aeot.FILES)
+    distot.resume(folder / "run.zarr", until_chi2=0.1, progress=False)
+    with pytest.raises(InputError, match=r"generated\.zarr was made of something else .* --redo generate"):
+        run(folder, capsys, latent=3)
+    run(folder, capsys, latent=3, redo="generate")
+    shutil.rmtree(folder / "generated.zarr")
+    distot.generate_file(folder / "run.zarr", folder / "generated.zarr", 2000, seed=9)
+    with pytest.raises(InputError, match=r"images\.npy was made of something else"):
+        run(folder, capsys, latent=3)
+
+    shutil.rmtree(folder / "run.zarr")
+    distot.solve(np.random.default_rng(0).random((2000, 3)), max_samples=3000, run=folder / "run.zarr", progress=False)
+    with pytest.raises(InputError, match="solved for other latents"):
+        run(folder, capsys, latent=3)
+    other = replace(load("gaussians8", 2000), values=load("gaussians25", 2000).values)
+    monkeypatch.setattr(aeot, "load", lambda name, size: other)
+    with pytest.raises(InputError, match=r"holds other data than .* --redo train"):
+        run(folder, capsys, latent=3, redo="encode")

@@ -7,13 +7,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import distot
+from distot.store import copy_latents
 from jobs.certify import main as certify
-from jobs.patches import patches
+from jobs.demo import begun
+from jobs.patches import keep, patches
 
 ROOT = Path(__file__).parent.parent
 QUIET = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -97,6 +100,33 @@ def test_flows_of_three_kinds_of_pairs(tmp_path: Path) -> None:
     assert len(curvature) == 6
     assert curvature[2] < 0.6 * curvature[0]
     assert curvature[5] < 0.9 * curvature[3]
+
+
+def test_folders_of_jobs_are_of_one_kind(tmp_path: Path) -> None:
+    """What was begun with other options is refused; what is left out is as it was."""
+    usual = {"count": 500, "dim": 4}
+    said: dict[str, Any] = {"count": 300, "dim": None, "flips": True}
+    assert begun(tmp_path / "a", said, usual) == {"count": 300, "dim": 4, "flips": True}
+    assert begun(tmp_path / "a", {"count": None, "dim": 4, "flips": True}, usual)["count"] == 300
+    for change in ({"count": 301}, {"dim": 5}, {"flips": False}):
+        with pytest.raises(distot.InputError, match=r"a was begun with .* instead of"):
+            begun(tmp_path / "a", said | change, usual)
+    copy_latents(np.eye(3), None, tmp_path / "b/latents.zarr", "by a version that kept no settings")
+    with pytest.raises(distot.InputError, match="b was begun with count 3 instead of 300, dim 3 instead of 2"):
+        begun(tmp_path / "b", {"count": 300, "dim": 2}, usual, tmp_path / "b/latents.zarr")
+    (tmp_path / "a/settings.json").write_text("{")
+    with pytest.raises(distot.InputError, match="is damaged"):
+        begun(tmp_path / "a", said, usual)
+
+
+def test_patches_over_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "patches.npy"
+    keep(path, patches(50, 2))
+    keep(path, patches(50, 2))
+    with pytest.raises(distot.errors.StoreError, match="exists already"):
+        keep(path, patches(50, 2, seed=1))
+    assert "exists already" in run("-m", "jobs.patches", str(path), "--count", "50", folder=tmp_path, code=1).stderr
+    assert np.array_equal(np.load(path), patches(50, 2))
 
 
 def test_errors_of_jobs_are_one_sentence(tmp_path: Path) -> None:

@@ -12,13 +12,15 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from ray.job_submission import JobSubmissionClient
 
 import distot
-from cluster.submit import JobFailed, submit
+from cluster.submit import JobFailed, _check_same, parsed, submit
+from distot.cli import main as command
 from distot.errors import InputError
 from distot.inspect import describe
 from distot.store import copy_latents
@@ -92,7 +94,61 @@ def test_a_job_is_submitted_once_and_taken_up_again(dashboard: str, tmp_path: Pa
 
 
 def test_what_is_no_task_is_refused() -> None:
-    with pytest.raises(InputError, match="a job needs LATENTS"):
-        submit(["--workers", "2"])
+    for words in (["--workers", "2"], ["a.zarr"], ["a.zarr", "b.zarr", "c.zarr"], ["a.zarr", "b.zarr", "--nonsense"]):
+        with pytest.raises(InputError, match="a job needs LATENTS"):
+            submit(words)
+    with pytest.raises(InputError, match="must be a dict"):
+        submit(["a.zarr", "b.zarr"], runtime_env=[1])  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"no Ray dashboard at http://127\.0\.0\.1:9"):
         submit(["a.zarr", "b.zarr"], "http://127.0.0.1:9")
+
+
+def test_paths_are_found_wherever_they_stand() -> None:
+    """As they were written, for a job is named after them."""
+    first = parsed(["./a.zarr", "b.zarr", "--workers", "2", "--until-chi2=0.1"])
+    assert (first["latents"], first["run"]) == ("./a.zarr", "b.zarr")
+    assert parsed(["--until-chi2", "0.1", "./a.zarr", "--workers", "2", "b.zarr"]) == first
+    assert parsed(["./a.zarr", "b.zarr", "--workers", "3", "--until-chi2=0.1"]) != first
+
+
+def test_a_job_of_this_name_at_another_task() -> None:
+    """The same words in another order are the same task."""
+    task = parsed(["a.zarr", "b.zarr", "--seed", "1"])
+    _check_same(task, "job-1", "python -m jobs.solve --seed 1 a.zarr b.zarr")
+    for entrypoint in ("python -m jobs.solve a.zarr b.zarr", "python train.py"):
+        with pytest.raises(InputError, match="job-1 is at work on something else: python"):
+            _check_same(task, "job-1", entrypoint)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "nonsense",
+        "http://u:secret@127.0.0.1:9",
+        "u:secret@127.0.0.1:9",
+        "http://u:se/secret@127.0.0.1:9",
+        "json://secret@x",
+    ]
+    + ["http://127.0.0.1:9/?token=secret", "http://127.0.0.1:port", "http://[::1", "a b"],
+)
+def test_addresses_that_lead_nowhere(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="1"):
+        command(["submit", "--address", address, "a.zarr", "b.zarr"])
+    said = capsys.readouterr()
+    assert said.err.count("error: ") == 1
+    assert "--address" in said.err
+    assert "secret" not in said.err + said.out
+
+
+@pytest.mark.parametrize("content", [b"{bad", b"[1]", b"3", b"", b"\xff\xfe", b"[" * 100_000, None, "folder"])
+def test_environments_that_are_none(tmp_path: Path, content: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "environment.json"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    elif content is not None:
+        file.mkdir()
+    with pytest.raises(SystemExit, match="1"):
+        command(["submit", "--runtime-env", str(file), "a.zarr", "b.zarr"])
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert str(file) in said
