@@ -98,6 +98,13 @@ def solve(
         exact,
         cost,
     )
+    check_workers(workers, replicas, ray)
+    if epsilon is None and top_k != Options.top_k:
+        raise InputError(f"top_k={top_k} is for the entropic problem alone; give an epsilon, or leave it out")
+    if run is None and workers is None and checkpoint_seconds != Options.checkpoint_seconds:
+        raise InputError(
+            f"checkpoint_seconds={checkpoint_seconds:g} is for a run folder; give one (run), or leave it out"
+        )
     if exact and workers is not None:
         raise InputError(f"exact masses are computed in this process alone; leave workers={workers} or exact away")
     given = None if mass is None else array(mass, "mass")
@@ -242,6 +249,13 @@ def generate_file(
     return made
 
 
+def check_workers(workers: int | None, replicas: int = 1, ray: str | None = None) -> None:
+    """Raises InputError for what only workers would heed, if there are none."""
+    if workers is None and (replicas != 1 or ray is not None):
+        given = f"replicas={replicas}" if ray is None else f"ray={ray!r}"
+        raise InputError(f"{given} is for work on workers; say how many (workers), or leave it out")
+
+
 def do(
     task: Task,
     workers: int | None,
@@ -252,10 +266,8 @@ def do(
     on_event: Listen | None = None,
 ) -> Any:
     """Does a task in this process, or on workers if a number of them is given."""
+    check_workers(workers, replicas, ray)
     if workers is None:
-        if replicas != 1 or ray is not None:
-            given = f"replicas={replicas}" if ray is None else f"ray={ray!r}"
-            raise InputError(f"{given} is for a solve on workers; say how many (workers), or leave it out")
         return task(Room(show=progress, on_event=on_event))
     from cluster.workers import Shape, on_workers
 

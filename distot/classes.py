@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from distot import schedule
 from distot.again import GOALS, check_same, go_on
-from distot.api import load, solve
+from distot.api import check_workers, load, solve
 from distot.atoms import Rows
 from distot.case import as_rows, source_place
 from distot.errors import InputError
@@ -89,6 +89,7 @@ def solve_classes(
     for a folder that was begun with other latents, labels, masses, source or options; else as ``solve`` does, with the
     name of the class.
     """
+    check_workers(options.get("workers"), options.get("replicas", 1), options.get("ray"))
     rows = as_rows(latents)
     check_rows(rows)
     count = rows.shape[0]

@@ -61,6 +61,8 @@ class Mixing:
             raise InputError(f"k must be at least 2, the best cell and one to mix it with, not {self.k}")
         if self.threshold is not None and not 0 <= self.threshold <= math.pi:
             raise InputError(f"threshold is an angle between 0 and pi, not {self.threshold}")
+        if self.threshold is not None and self.quantile != Mixing.quantile:
+            raise InputError(f"the threshold {self.threshold} is used, and the quantile {self.quantile} not; give one")
         if not 0 < self.quantile <= 1:
             raise InputError(f"quantile must be above 0 and at most 1, not {self.quantile}")
 

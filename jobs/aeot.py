@@ -28,6 +28,7 @@ import typer
 
 import distot
 from distot.again import check_same, go_on
+from distot.api import check_workers
 from distot.arguments import RayAddress, Seconds, Workers, parse_goal
 from distot.console import start
 from distot.errors import InputError
@@ -309,6 +310,7 @@ def main(
     settings = Settings.of(
         data, quick, size=size, latent=latent, epochs=epochs, width=width, until_chi2=until_chi2, count=count, seed=seed
     )
+    check_workers(workers, ray=ray)
     if redo is not None:
         forget(out, redo)
     begun(out, asdict(settings))
