@@ -128,8 +128,11 @@ def test_a_job_of_this_name_at_another_task() -> None:
         "u:secret@127.0.0.1:9",
         "http://u:se/secret@127.0.0.1:9",
         "json://secret@x",
-    ]
-    + ["http://127.0.0.1:9/?token=secret", "http://127.0.0.1:port", "http://[::1", "a b"],
+        "http://127.0.0.1:9/?token=secret",
+        "http://127.0.0.1:port",
+        "http://[::1",
+        "a b",
+    ],
 )
 def test_addresses_that_lead_nowhere(address: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="1"):
