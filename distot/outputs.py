@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 from distot.atoms import ROWS, Rows
 from distot.case import Room, locked
 from distot.cells import Sums
-from distot.errors import InputError
+from distot.errors import InputError, StoreError
 from distot.fingerprint import hashed
 from distot.generate import Generated, Mixing
 from distot.problem import Problem
+from distot.schedule import MOST
 from distot.solution import stored_sums
 from distot.store import (
     Place,
@@ -164,9 +165,14 @@ class Generate(Opened):
         with new_rows(self.out, self.n, columns, about) if room.grid.leads else nullcontext() as writer:
             state = {"block": 0, "skip": 0, "drawn": 0, "singular": 0}
             state, done = world.objects((state | writer.state, writer.written) if writer is not None else None)[0]
+            damaged = StoreError(f"{self.out} is damaged: it goes on at {state}; delete it, and begin anew")
+            if not all(isinstance(its, int) and 0 <= its < MOST for its in state.values()):
+                raise damaged
             blocks = generator.blocks(state["block"])
             while done < self.n:
                 block = next(blocks)
+                if state["skip"] > len(block.index):
+                    raise damaged
                 if state["skip"] == 0:  # else it was counted already
                     state["drawn"] += block.drawn
                     state["singular"] += len(block.singular)

