@@ -89,7 +89,7 @@ def measure(
     target, frame, grid, orbit = problem.target, problem.frame, problem.grid, problem.orbit
     split, d, wanted = target.split, target.dim, max(samples, 2 * orbit.size)
     masses = Masses(split, orbit.size, wanted)
-    centre = torch.zeros(split.count, d, device=heights.device)
+    centre = torch.zeros(split.count, d, dtype=torch.float32, device=heights.device)
     cost, margin = (torch.zeros(split.count, dtype=torch.float64, device=heights.device) for _ in range(2))
     for group in searches(problem, assigner.exact, Stream.CELLS, step, wanted, heights, 2, poll):
         for some in bites(group, PICKED // d):

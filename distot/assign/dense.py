@@ -38,8 +38,8 @@ class Dense(Exact):
 
     def _rows(self, x: Tensor, h: Tensor, k: int) -> tuple[Tensor, Tensor]:
         n, b = len(self.atoms), len(x)
-        tile = torch.empty(b, min(self.width, -(-n // GROUP) * GROUP), device=x.device)
-        score = torch.empty(b, 0, device=x.device)
+        tile = torch.empty(b, min(self.width, -(-n // GROUP) * GROUP), dtype=torch.float32, device=x.device)
+        score = torch.empty(b, 0, dtype=torch.float32, device=x.device)
         group = torch.empty(b, 0, dtype=torch.int64, device=x.device)
         for a in range(0, n, self.width):
             y = self.atoms[a : a + self.width]

@@ -36,14 +36,14 @@ class Faiss(Exact):
     def __init__(self, atoms: Tensor) -> None:
         n, d = atoms.shape
         self.index = faiss.IndexFlatIP(d + 1)
-        self.index.add(torch.cat([atoms, torch.zeros(n, 1)], dim=1).numpy())
+        self.index.add(torch.cat([atoms, torch.zeros(n, 1, dtype=torch.float32)], dim=1).numpy())
         self.codes = torch.from_numpy(faiss.rev_swig_ptr(self.index.get_xb(), n * (d + 1)).reshape(n, d + 1))
         self.dense = Dense(self.codes[:, :d])
 
     def __call__(self, x: Tensor | Orbits, heights: Tensor, k: int = 2) -> Winners:
         n, x = len(self.codes), points(x)
         self.codes[:, -1] = heights
-        query = torch.cat([x, torch.ones(len(x), 1)], dim=1).numpy()
+        query = torch.cat([x, torch.ones(len(x), 1, dtype=torch.float32)], dim=1).numpy()
         score, index = (torch.from_numpy(a) for a in self.index.search(query, min(k + 1, n)))
         return _ordered(index, score, k, n, lambda cut: self.dense(x[cut], heights, k))
 

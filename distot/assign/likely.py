@@ -34,9 +34,10 @@ class Likely:
     def __init__(self, atoms: Tensor, recall: float, plain: Native | None = None) -> None:
         self.recall, self.groups = recall, Groups(atoms, round(LISTS * len(atoms) ** 0.5), plain)
         self.won, self.seen, self.fitted = Won(self.groups), 0, 0  # fitted: samples seen at the last fit
-        self.judges = torch.empty(0, atoms.shape[1])  # z of the last samples that were searched exactly
+        self.judges = torch.empty(0, atoms.shape[1], dtype=torch.float32)  # z of the last exact searches
         self.truth = torch.empty(0, dtype=torch.int64)  # the lists of their winners
-        self.gaps, self.gap = torch.empty(0), 0.0  # how far those were from the likeliest one; how far to go
+        self.gaps = torch.empty(0, dtype=torch.float32)  # how far those were from the likeliest one
+        self.gap = 0.0  # how far to go
 
     @property
     def exact(self) -> Native:

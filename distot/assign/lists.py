@@ -98,7 +98,7 @@ class Lists(Exact):
             slope=slope,
             offset=linear + square / scale[node],
             bias=0.5 * scale * (reach**2 @ slope),
-            way=torch.cat([direction, scale[:, None], torch.ones(len(scale), 1)], 1),
+            way=torch.cat([direction, scale[:, None], torch.ones(len(scale), 1, dtype=torch.float32)], 1),
             size=float(direction.norm(dim=1).amax() + groups.middle.norm(dim=1).amax()),
         )
 

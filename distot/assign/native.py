@@ -43,7 +43,7 @@ class Native(Exact):
         self._race = Race()
 
     def __call__(self, x: Tensor | Orbits, heights: Tensor, k: int = 2) -> Winners:
-        near = Winners(torch.empty(len(x), k, dtype=torch.int64), torch.empty(len(x), k))
+        near = Winners(torch.empty(len(x), k, dtype=torch.int64), torch.empty(len(x), k, dtype=torch.float32))
         narrow = None if isinstance(x, Orbits) and x.z.shape[1] > 1 else self._narrowed()
         if narrow is None:
             return self.go_on(x, heights, near, 0)
@@ -94,7 +94,7 @@ class Native(Exact):
         rows = -(-wanted // part_rows) * part_rows
         for first in range(0, len(self.atoms), rows):
             atoms = self.atoms[first : first + rows]
-            turned = torch.empty(len(atoms), *basis.shape[:2])
+            turned = torch.empty(len(atoms), *basis.shape[:2], dtype=torch.float32)
             for part in range(0, len(atoms), part_rows):
                 # in float64, as a product in float32 would depend on how many rows there are; always the same rows
                 # together, as the last bit of one in float64 may, too

@@ -125,7 +125,7 @@ class Triton(Exact):
         run = -(-n // (splits * ATOMS)) * ATOMS
         splits = -(-n // run)
         index = torch.empty(splits, sides, b, 2, dtype=torch.int32, device=request.device)
-        score = torch.empty(splits, sides, b, 2, device=request.device)
+        score = torch.empty(splits, sides, b, 2, dtype=torch.float32, device=request.device)
         h = heights.to(torch.float32).contiguous()
         tile = {"rows": ROWS, "width": ATOMS, "depth": DEPTH}
         search[blocks, splits](request, self.atoms, h, index, score, b, n, d, run, sides, **tile, num_warps=WARPS)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from distot.api import load
@@ -21,7 +22,7 @@ from distot.pairs.loader import Batch, Loader, Plan
 from distot.pairs.noise import NOISE, check_seed, from_noise
 from distot.solution import Solution
 from distot.source import as_source
-from distot.store import Latents, Place, RowFile, as_place, check_out, new_rows, typed
+from distot.store import Latents, Place, RowFile, Url, as_place, check_out, new_rows, typed
 
 KIND = "distot-pairs"
 PART = 8192  # samples that are searched and written at a time
@@ -121,7 +122,7 @@ class PairFile(Loader):
         self._rows = None if latents is None else _checked(latents, about, str(path))
         plan = Plan(file.written, batch, about["seed"], endless=endless)
         super().__init__(plan, epoch, start, rank, world, drop_last)
-        _ = self.shelf  # read once, before workers are forked
+        self.shelf = None if self._rows is None else Shelf(self._rows)  # read once, before workers are forked
 
     @cached_property
     def file(self) -> RowFile:
@@ -133,7 +134,11 @@ class PairFile(Loader):
 
     @cached_property
     def shelf(self) -> Shelf | None:
-        return None if self._rows is None else Shelf(_checked(self._rows, self.about, str(self._place)))
+        """Latents, in another process."""
+        rows = self._rows
+        if isinstance(rows, Path | Url):
+            rows = _checked(rows, self.about, str(self._place))
+        return None if rows is None else Shelf(rows)
 
     def __getstate__(self) -> dict[str, Any]:
         """For workers that are not forked: where pairs and latents are, which are opened and compared again there."""
