@@ -23,7 +23,7 @@ from distot.errors import InputError, StoreError
 from distot.given import array
 from distot.grid import Grid
 from distot.identity import belongs, check_source, heights_of, masses_of
-from distot.problem import Problem, build_problem
+from distot.problem import Problem, build_problem, least_chi2
 from distot.schedule import Options, options_of
 from distot.solution import Facts, Held, Solution, describe, problem_mass, stored_certificate
 from distot.solver import Progress
@@ -126,7 +126,8 @@ class Case:
 def new_case(latents: object, source: object, mass: NDArray[Any] | None, options: Options, room: Room) -> Case:
     """The case of what a user gives. Raises InputError or StoreError for what cannot be used."""
     rows = as_rows(latents)
-    problem = _problem(rows, read_source(source), mass, options, room)
+    problem = _problem(rows, read_source(source), mass, options, room, merge=not options.exact)
+    problem = _within_reach(problem, options)
     search = assign.over(problem, options.assigner, options.recall)
     start.check_sight(problem, search)
     return Case(problem, search, options, rows, mass)
@@ -154,7 +155,7 @@ def open_case(
     mass = folder.array("mass") if config["mass"] else None
     if "masses" in config and config["masses"] != masses_of(problem_mass(mass, rows), rows.shape[0]):
         raise InputError(f"{run} was solved for other masses of the latents; give it its own latents (--latents)")
-    problem = _problem(rows, source, mass, options, room)
+    problem = _problem(rows, source, mass, options, room, merge=config.get("merged", False))
     if problem.target.fingerprint != config["fingerprint"]:
         raise InputError(f"{run} was solved for other latents (their fingerprint differs); give it its own (--latents)")
     split = problem.target.split
@@ -235,10 +236,10 @@ def source_place(source: object) -> Place | None:
     return as_place(source) if named else None  # type: ignore[arg-type]
 
 
-def _problem(rows: Rows, source: object, mass: Any, options: Options, room: Room) -> Problem:
+def _problem(rows: Rows, source: object, mass: Any, options: Options, room: Room, merge: bool) -> Problem:
     if mass is None and isinstance(rows, Latents):
         mass = rows.mass
-    given = options.seed, options.device, room.grid, room.cache, options.memory, options.cost
+    given = options.seed, options.device, room.grid, room.cache, options.memory, options.cost, merge
     problem = build_problem(rows, source[:] if isinstance(source, Latents) else source, mass, *given)
     if options.exact:
         exact.check(problem.source, problem.grid.world.size)
@@ -246,6 +247,28 @@ def _problem(rows: Rows, source: object, mass: Any, options: Options, room: Room
         raise StoreError(f"{rows.path} has changed since it was written (its fingerprint differs); ingest it again")
     notes = tuple(note for its in (rows, source) if isinstance(its, Latents) for note in its.notes)
     return replace(problem, target=replace(problem.target, notes=notes + problem.target.notes)) if notes else problem
+
+
+def _within_reach(problem: Problem, options: Options) -> Problem:
+    """The problem with a note if its goal cannot be met. Raises InputError if nothing else would end the run."""
+    points, floor = least_chi2(problem) if options.epsilon is None else (0, 0.0)
+    goal, notes = options.until_chi2, problem.target.notes
+    if points and (floor >= goal if goal is not None else points < problem.target.n):
+        text = (
+            f"the source is {points:,} samples for {problem.target.n:,} latents, and each goes to one of them: chi2 stays "
+            f"above {floor:.3g} whatever the heights"
+        )
+        remedy = "give more samples, a callable that draws new ones, or a goal above that"
+        if options.max_samples is None and options.max_seconds is None:
+            raise InputError(f"{text}, and the goal of {goal} cannot be met; {remedy}, or a budget")
+        notes += (f"{text}; {remedy}",)
+    line = problem.target.dim == 1 and options.epsilon is None and not problem.cost.spherical
+    if line and problem.source.quantiles(torch.tensor([0.5], dtype=torch.float64)) is None:
+        notes += (
+            "on a line sampling gets slower the more latents there are, and may not reach its goal; a source with a "
+            "formula for its quantiles (gaussian, cube, ball) is solved at once",
+        )
+    return replace(problem, target=replace(problem.target, notes=notes))
 
 
 class Kept:
@@ -266,7 +289,7 @@ class Kept:
 
     def __reduce__(self) -> tuple[type[Packed], tuple[Any, ...]]:
         case, problem = self.case, self.case.problem
-        content = problem.source, case.mass, case.options, problem.target.fingerprint
+        content = problem.source, case.mass, case.options, problem.target.fingerprint, problem.target.merge
         progress = _with(self.progress, lambda its: its.cpu().numpy())
         return Packed, (_place(case), *content, progress if self.whole else _slim(progress), self.whole)
 
@@ -283,12 +306,13 @@ class Packed:
     mass: NDArray[Any] | None
     options: Options
     fingerprint: str
+    merge: bool
     progress: Progress  # with arrays instead of tensors
     whole: bool = True
 
     def __call__(self) -> Held:
         rows = as_rows(self.latents)
-        problem = _problem(rows, self.source, self.mass, self.options, Room())
+        problem = _problem(rows, self.source, self.mass, self.options, Room(), self.merge)
         if problem.target.fingerprint != self.fingerprint:
             raise StoreError(
                 f"the latents at {self.latents} are others than those that were solved for (their fingerprint "
@@ -309,7 +333,7 @@ class Packed:
 def _with(progress: Progress, by: Callable[[Any], Any]) -> Progress:
     """The same progress, its tensors changed into something else."""
     state = progress.state
-    vectors = {name: by(getattr(state, name)) for name in solver.VECTORS}
+    vectors = {name: by(its) for name, its in state.vectors.items()}
     return replace(progress, state=replace(state, pairs=tuple(map(by, state.pairs)), **vectors))
 
 
@@ -317,6 +341,7 @@ def _slim(progress: Progress) -> Progress:
     """The heights alone."""
     state, none = progress.state, progress.state.average[:0]
     few = replace(state, heights=state.average, margin_sum=none, margin_count=none, pairs=(), drawn=())
+    few = replace(few, twin_sum=None, twin_count=None)
     return replace(progress, state=few)
 
 

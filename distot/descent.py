@@ -15,6 +15,7 @@ from distot import assign, optim, schedule
 from distot.assign import Assigner, Winners
 from distot.atoms import blocks
 from distot.entropic import Soft
+from distot.errors import Diverged
 from distot.optim import State, Tally
 from distot.orbit import Orbits, points
 from distot.problem import Problem
@@ -42,7 +43,7 @@ def advance(
     """The state after one more step, whose samples are those of (stream, step); ``poll`` may raise to stop.
 
     mass: of own atoms, on the device of the heights. soft: the entropic problem, where no atom starves.
-    ``each`` gets the samples and their winners by portion.
+    ``each`` gets the samples and their winners by portion. Raises Diverged in all processes if a height is not finite.
     """
     n, orbit, split, grid = problem.target.n, problem.orbit, problem.target.split, problem.grid
     wanted = schedule.batch(n, orbit.work, state.time)
@@ -50,16 +51,14 @@ def advance(
     tally: Tally | None = None
     lifting = soft is None and state.step % LIFT_EVERY == 1 and starves(problem, state, mass)
     kept: list[Kept] = []
-    k = 2 if soft is None else soft.top_k
-    narrow = optim.narrowing(state, split) if soft is None else None
-    temperature: float | Tensor | None = None if soft is None else soft.epsilon
+    twins = problem.target.twins if soft is None else None
+    k = soft.top_k if soft is not None else 2 if twins is None else twins.most + 1
+    temperature = optim.softness(state, split, twins) if soft is None else soft.epsilon
     found = assign.searches(problem, assigner, stream, step, wanted, state.heights, k, poll)
     for first, x, near in (portion for group in found for portion in group):
         if each is not None:
             each(x, near)
-        if narrow is not None:
-            temperature = optim.temperature(state, narrow, near)
-        counted = optim.count(near, split, temperature, optim.chosen(first, batch, split))
+        counted = optim.count(near, split, temperature, optim.chosen(first, batch, split), twins)
         tally = counted if tally is None else tally + counted
         if lifting:
             stride = max(1, int(batch / (LIFT_SAMPLES * n)))
@@ -69,9 +68,14 @@ def advance(
     work = round(batch * orbit.work)
     epsilon = 0.0 if soft is None else soft.epsilon
     with grid.meter.timed("update"):
-        state = optim.update(state, tally, schedule.first_batch(n, orbit.work), mass, work, split, grid, epsilon)
+        state = optim.update(state, tally, schedule.first_batch(n, orbit.work), mass, work, split, grid, epsilon, twins)
     if lifting:
-        state = lift(problem, state, optim.starving(state, mass, split), kept, LIFT_WORK * work)
+        state = lift(problem, state, optim.starving(state, mass, split, twins), kept, LIFT_WORK * work)
+    if grid.world.any(not bool(torch.isfinite(state.heights).all())):
+        raise Diverged(
+            f"the heights are not finite any more after step {state.step}; masses or distances of the latents differ "
+            "by more than arithmetic can hold: leave out the extreme ones"
+        )
     return optim.within(state, problem.cost.limit, mass, split)
 
 
@@ -88,7 +92,8 @@ def every(first: int, stride: int) -> slice:
 
 def starves(problem: Problem, state: State, mass: Tensor) -> bool:
     """Whether any atom does, anywhere."""
-    return problem.grid.target.any(len(optim.starving(state, mass, problem.target.split)) > 0)
+    target = problem.target
+    return problem.grid.target.any(len(optim.starving(state, mass, target.split, target.twins)) > 0)
 
 
 def lift(problem: Problem, state: State, hungry: Tensor, kept: list[Kept], work: float) -> State:
@@ -97,7 +102,8 @@ def lift(problem: Problem, state: State, hungry: Tensor, kept: list[Kept], work:
     hungry: own ones. kept: samples with u_h, known from the search of the step; so many of them are searched as cost
     ``work`` plain samples, over all processes.
 
-    Half the way, again and again, does not pass the height of one win in B, which is too much where B < n.
+    Half the way, again and again, does not pass the height of one win in B, which is too much where B < n. A group
+    rises as a whole, as far as the first of its atoms needs.
     """
     grid, atoms = problem.grid, problem.target.atoms
     starving = grid.target.total(len(hungry))
@@ -114,6 +120,12 @@ def lift(problem: Problem, state: State, hungry: Tensor, kept: list[Kept], work:
                 search = assign.plain(x[some].contiguous(), problem.cost)
                 best = search(tile, -potential[some], k=1).score[:, 0].double()
                 reach[rows] = torch.maximum(reach[rows], best)
-    reach = grid.sample.max(reach)
-    heights = state.heights.index_add(0, hungry, 0.5 * (-reach - state.heights[hungry]).clamp_min(0))
+    rise = -grid.sample.max(reach) - state.heights[hungry]
+    if (twins := problem.target.twins) is not None:
+        split, needed = problem.target.split, torch.full_like(state.heights, torch.inf)
+        needed[hungry] = rise
+        least = needed.new_full((len(twins.width),), torch.inf)
+        least.scatter_reduce_(0, twins.group, split.gather(needed), "amin")
+        rise = split.own(least[twins.group])[hungry]
+    heights = state.heights.index_add(0, hungry, 0.5 * rise.clamp_min(0))
     return optim.lifted(state, heights, round(samples / stride * starving / problem.target.n))

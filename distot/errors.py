@@ -30,5 +30,9 @@ class StoreError(DistotError, OSError):
     __str__ = Exception.__str__
 
 
+class Diverged(DistotError):
+    """The heights are no longer finite; the last ones that were are saved."""
+
+
 class DistotWarning(UserWarning):
     """Something about the input was mended (merged, normalised, left out) and is worth knowing."""

@@ -62,14 +62,17 @@ class Graph:
         """Root mean square over all pairs of how far a shift (n,) moves the two apart, in margins."""
         apart = (shift[self.pairs[0]] - shift[self.pairs[1]]) / self.unit
         squares, count = self.world.sum(torch.stack([apart.square().sum(), apart.new_tensor(len(apart))]))
-        return float((squares / count).sqrt())
+        return float((squares / count.clamp_min(1)).sqrt())
 
 
-def build(pairs: Tensor, margin: Tensor, world: Axis) -> Graph:
-    """Graph of atoms with these margins (n,), from the pairs (2, m) of all processes. Costs a sort of 2 m numbers."""
+def build(pairs: Tensor, margin: Tensor, world: Axis, samples: float | None = None) -> Graph:
+    """Graph of atoms with these margins (n,), from the pairs (2, m) of all processes. Costs a sort of 2 m numbers.
+
+    samples: of all processes, that the pairs were found in; None if each has given one.
+    """
     n, pairs = len(margin), pairs.long()
     unit = 0.5 * (margin[pairs[0]] + margin[pairs[1]])
-    weight = (0.5 / world.total(pairs.shape[1])) / unit
+    weight = (0.5 / (samples or world.total(pairs.shape[1]))) / unit
     degree = torch.zeros(n, dtype=torch.float64, device=pairs.device).index_add_(0, pairs.flatten(), weight.repeat(2))
     own = (_by_torch if pairs.is_cuda else _by_scipy)(pairs, weight, n)
     return Graph(pairs, unit, lambda v: world.sum(own(v)), world.sum(degree), world)

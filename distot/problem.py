@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +17,7 @@ from distot.errors import InputError
 from distot.grid import Grid
 from distot.orbit import Orbit, Orbits
 from distot.power import Array, Cost, Frame, cost_of
-from distot.source import BLOCK, Key, Source, Sphere, Stream, as_source
+from distot.source import BLOCK, Key, Product, Sampler, Samples, Source, Sphere, Stream, as_source
 from distot.target import Cache, Target, build_target, check_rows
 
 SEARCH_FLOPS = {"cpu": 5e10, "cuda": 2e13}  # of a portion of samples, so that a signal need not wait for long
@@ -131,11 +132,12 @@ def build_problem(
     cache: Cache | None = None,
     memory: float | None = None,
     cost: str = "quadratic",
+    merge: bool = True,
 ) -> Problem:
     """Checks source, latents and masses (N,) against each other and brings them into one frame.
 
     On a grid every process reads its share of the latents alone; ``cache`` keeps what it has read. memory: GiB that
-    latents may take in each process; None is a share of what is available.
+    latents may take in each process; None is a share of what is available. merge: as in ``build_target``.
     cost: a name in ``power.COSTS``. Raises InputError as ``as_source`` and ``build_target`` do, and for the cost "log"
     with a source that is not the unit sphere.
     """
@@ -145,11 +147,43 @@ def build_problem(
     if price.spherical:
         check_sphere(found)
     mean, cov = found.moments(seed)
+    if not np.sqrt(np.trace(cov)) > 4 * np.finfo(np.float64).eps * np.abs(mean).max():
+        raise InputError(
+            f"the source is a single point, {mean[:4].round(6).tolist()}{' ...' if len(mean) > 4 else ''}, and cannot "
+            "be shared out among latents; give one that is spread out"
+        )
     room = _room(where, grid, memory)
-    target, frame = build_target(latents, mass, (mean, cov), grid, {} if cache is None else cache, room, price)
-    target = replace(target, atoms=target.atoms.to(where))
+    target, frame = build_target(latents, mass, (mean, cov), grid, {} if cache is None else cache, room, price, merge)
+    near = None if target.twins is None else target.twins.to(where)
+    target = replace(target, atoms=target.atoms.to(where), twins=near)
     problem = Problem(found, target, frame, cov, seed, Orbit(found.dim, found.symmetry, seed), None, grid, price)
     return problem if problem.orbit.size == 1 else replace(problem, basis=problem.turned(0))
+
+
+def least_chi2(problem: Problem) -> tuple[int, float]:
+    """Points of a source that is a few of them (0: it is not), and a chi2 below which no heights come.
+
+    Of n points each goes to one atom, so n atoms win something at most, and masses are multiples of 1/n.
+    """
+    source, target = problem.source, problem.target
+    if isinstance(source, Samples):
+        points = len(np.unique(source.rows, axis=0)) if len(source.rows) <= 2 * target.n else len(source.rows)
+        single = points == len(source.rows)
+    elif isinstance(source, Sampler | Product):
+        seen = source.draw(Key(problem.seed, Stream.MOMENTS, 0, 0), BLOCK).numpy()
+        points, single = len(np.unique(seen, axis=0)), False
+        points = points if points <= BLOCK // 4 else 0  # more of them may not have been seen
+    else:
+        points, single = 0, False
+    if not points:
+        return 0, 0.0
+    axis = target.split.axis
+    mass = axis.gather(torch.from_numpy(target.mass)).numpy()
+    floor = 1 / np.sort(mass)[-points:].sum() - 1
+    if single:
+        away = points * mass - np.round(points * mass)
+        floor = max(floor, float((away**2 / mass).sum()) / points**2)
+    return points, float(floor)
 
 
 def check_sphere(source: Source) -> None:

@@ -395,6 +395,7 @@ def describe(
         "shape": [problem.target.latents, problem.target.dim],
         "mass": mass is not None,
         "masses": masses_of(problem_mass(mass, rows), problem.target.latents),
+        "merged": problem.target.merge,
         "init": False,
         "source": spec,
         "source_arrays": sorted(source_arrays),

@@ -20,7 +20,7 @@ from distot import descent, optim, schedule, start, tree
 from distot.assign import Assigner
 from distot.certify import Certificate, cell_masses, certify, default_samples
 from distot.entropic import Soft
-from distot.errors import StoreError
+from distot.errors import Diverged, StoreError
 from distot.grid import Axis
 from distot.optim import State
 from distot.problem import Problem
@@ -29,8 +29,7 @@ from distot.source import BLOCK, Stream
 from distot.store import Checkpoint, Part
 from distot.watch import Stop, Watch
 
-SCALARS = ("drawn", "margin", "damping", "floor", "error", "step", "time", "since", "samples")
-VECTORS = ("heights", "average", "margin_sum", "margin_count")
+SCALARS = ("drawn", "margin", "damping", "floor", "error", "step", "time", "since", "samples", "twin_damping")
 LATE = 2.0  # chi2 over the share of winners that the search may miss, from which on steps are exact
 NOISE = 3.0  # errors by which the average must be worse than the newest heights to begin anew
 RESERVE = 0.2  # at most this share of max_seconds is kept for the certificate
@@ -51,7 +50,7 @@ class Progress:
         """Arrays of a checkpoint: vectors of own atoms; own pairs (m, 2), and how many of each step they are."""
         pairs = self.state.pairs
         flat = torch.cat(pairs, dim=1).T if pairs else torch.empty(0, 2, dtype=torch.int32)
-        return {name: getattr(self.state, name).cpu().numpy() for name in VECTORS} | {
+        return {name: its.cpu().numpy() for name, its in self.state.vectors.items()} | {
             "pairs": flat.cpu().numpy(),
             "pairs_of_step": np.array([its.shape[1] for its in pairs], dtype=np.int64),
         }
@@ -86,7 +85,14 @@ def restore(saved: Checkpoint, problem: Problem) -> Progress:
     world = Axis() if optim.everywhere(split) else problem.grid.world
     device = problem.target.atoms.device
     own = slice(split.first, split.first + split.count)
-    state: dict[str, Any] = {name: torch.as_tensor(saved.read(name, own), device=device) for name in VECTORS}
+    there = {name for part in saved.written for name in part["arrays"]}
+    state: dict[str, Any] = {
+        name: torch.as_tensor(saved.read(name, own), device=device)
+        for name in optim.VECTORS + optim.TWIN_VECTORS
+        if name in there or name in optim.VECTORS
+    }
+    if problem.target.twins is not None and optim.TWIN_VECTORS[0] not in there:  # of a version that knew no groups
+        state |= dict.fromkeys(optim.TWIN_VECTORS, torch.zeros_like(state["heights"]))
     dealt: list[list[Tensor]] = [[] for _ in scalars["drawn"]]
     for number, (pairs, lengths) in enumerate(saved.parts("pairs", "pairs_of_step")):
         if not _sound(pairs, lengths, split.n, len(dealt)):
@@ -94,7 +100,7 @@ def restore(saved: Checkpoint, problem: Problem) -> Progress:
         begin = (world.rank - number) % world.size
         for its, part in zip(dealt, torch.from_numpy(pairs).split(lengths.tolist()), strict=True):
             its.append(part[begin :: world.size].T)
-    if not (whole and all(bool(torch.isfinite(state[name]).all()) for name in VECTORS)):
+    if not (whole and all(bool(torch.isfinite(state[name]).all()) for name in optim.VECTORS)):
         raise StoreError(f"checkpoint {saved.name} is damaged: it has no finite heights of {split.n:,} atoms")
     state |= {name: scalars.get(name, 0.0) for name in SCALARS}
     state["pairs"] = tuple(torch.cat(its, dim=1).to(device) for its in dealt)
@@ -121,7 +127,9 @@ def begin(
     """Gaussian and multilevel start, or the heights ``init`` of own atoms in the frame. Stopped early, it returns what
     is known by then, with the reason."""
     n, work, reason, moment = problem.target.n, problem.orbit.work, None, 0.0
-    given = start.guess_of(problem).heights(problem.target.atoms) if init is None else torch.as_tensor(init)
+    twins = problem.target.twins
+    guess = start.guess_of(problem) if init is None or twins is not None else None
+    given = guess.heights(problem.target.atoms) if init is None and guess is not None else torch.as_tensor(init)
     heights, samples = given.to(problem.target.atoms.device), 0
     spare = float("inf") if options.max_samples is None else options.max_samples // 4
     reserve = (RESERVE + FINISH * options.exact) * (options.max_seconds or 0.0)
@@ -132,13 +140,16 @@ def begin(
             watch.tell("start", nodes=[])
             error, samples = start.probe(problem, assigner, heights, entropic_part(problem, options), poll)
             moment = schedule.moment(n, work, error)
-        elif init is None and start.work(n, work) <= spare:
+        elif init is None and guess is not None and start.work(n, work) <= spare:
             watch.tell("start", nodes=tree.widths(n))
-            heights, samples = start.multilevel(problem, options.assigner, poll)
+            heights, samples = start.multilevel(start.of_groups(problem), options.assigner, poll, guess)
+            heights = start.to_groups(problem, heights, guess)
     except Stop as stop:
         reason = stop.reason
+    if init is not None and guess is not None:
+        heights = start.together(problem, heights, guess, start.FAR)
     check = StopRule(n, options.until_chi2, work).first(samples)
-    state = replace(optim.begin(heights, samples, problem.target.split), time=moment)
+    state = replace(optim.begin(heights, samples, problem.target.split, twins), time=moment)
     mass = torch.as_tensor(problem.target.mass, device=state.heights.device)
     state = optim.within(state, problem.cost.limit, mass, problem.target.split)
     return Progress(state, check, started=reason is None, reason=reason)
@@ -147,7 +158,8 @@ def begin(
 def iterate(problem: Problem, assigner: Assigner, options: Options, watch: Watch, progress: Progress) -> Progress:
     """Steps until the goal, the budget or a signal; the reason is in the result. Checkpoints on the way.
 
-    Raises StoreError if latents cannot be read any more; what one process has computed alone is saved before.
+    Raises StoreError if latents cannot be read any more; what one process has computed alone is saved before. Raises
+    Diverged if heights are not finite any more; those of the step before are saved.
     """
     n, device, work = problem.target.n, problem.target.atoms.device, problem.orbit.work
     mass = torch.as_tensor(problem.target.mass, device=device)
@@ -192,8 +204,9 @@ def iterate(problem: Problem, assigner: Assigner, options: Options, watch: Watch
                     watch.save(state.step, progress.part(problem), progress.scalars())
     except Stop as stop:
         return replace(progress, reason=stop.reason)
-    except StoreError:  # latents that are read as they are needed cannot be any more
-        if problem.grid.world.size == 1:  # else the others are not here to write their parts
+    except (Diverged, StoreError) as error:  # or latents that are read as they are needed cannot be any more
+        together = isinstance(error, Diverged)
+        if together or problem.grid.world.size == 1:  # else the others are not here to write their parts
             watch.save(progress.state.step, progress.part(problem), progress.scalars())
         raise
 

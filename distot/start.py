@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distot import assign, descent, optim, schedule, tree
+from distot import assign, descent, optim, schedule, tree, twins
 from distot.assign import Assigner, Winners
-from distot.atoms import Atoms, as_atoms, each_row, tile_rows
+from distot.atoms import Atoms, Framed, as_atoms, each_row, tile_rows
 from distot.entropic import Soft
 from distot.errors import InputError
 from distot.grid import Grid, Split
@@ -33,6 +33,7 @@ PROBE = 4  # samples an atom to find out how good the heights of a warm start ar
 STEPS = 1 << 20  # step numbers set aside for a level
 TIGHT = 1e-5  # squared width, in radians, of a node of directions that is taken for a point
 GRAZING = 1e-2  # the least product of a direction with the centre of its node's cell, where heights are continued
+FAR = 4.0  # deviations of the source by which given heights of twins may contradict each other
 SIGHTED = 4096  # samples that are looked at for whether they see any atom
 
 
@@ -114,12 +115,14 @@ def work(n: int, orbit_work: float) -> int:
     return tree.work(n) + round(sum(orbit_work**0.5 * SAMPLES_PER_NODE * k * k / n for k in tree.widths(n)))
 
 
-def multilevel(problem: Problem, assigner: str, poll: Callable[[], None]) -> tuple[Tensor, int]:
+def multilevel(
+    problem: Problem, assigner: str, poll: Callable[[], None], guess: Guess | None = None
+) -> tuple[Tensor, int]:
     """Heights of own atoms, float64, and the work for them: solves for ever more centroids, then refines to the atoms.
 
     ``poll`` is called between batches and may raise to stop.
     """
-    guess = guess_of(problem)
+    guess = guess or guess_of(problem)
     grown = tree.grow(problem.target, problem.grid, problem.seed, poll)
     levels, samples = grown.levels, float(tree.work(problem.target.n))
     if not levels:
@@ -182,7 +185,7 @@ def _picked(atoms: Atoms, split: Split, index: Tensor) -> Tensor:
     """Any of all atoms (m, d), everywhere, from own ones; as ``Split.pick`` for those in memory."""
     place = split.place(index)
     own = place < split.count
-    found = torch.zeros(len(index), atoms.shape[1], device=atoms.device)
+    found = torch.zeros(len(index), atoms.shape[1], dtype=torch.float32, device=atoms.device)
     found[own] = atoms[place[own]]
     return split.axis.sum(found)
 
@@ -209,7 +212,7 @@ def check_sight(problem: Problem, assigner: Assigner) -> None:
     if not problem.cost.spherical:
         return
     atoms, axis = problem.target.atoms, problem.grid.sample
-    level, blind, count = torch.zeros(problem.target.split.count, device=atoms.device), 0, 0
+    level, blind, count = torch.zeros(problem.target.split.count, dtype=torch.float32, device=atoms.device), 0, 0
     for group in assign.searches(problem, assigner, Stream.MOMENTS, 0, SIGHTED, level, 1, lambda: None):
         for *_, near in group:
             blind += int((near.score[:, 0] <= problem.cost.unseen).sum())
@@ -230,6 +233,55 @@ def prolong(heights: Tensor, centres: Tensor, level: Level, finer: Tensor | Atom
         node = level.node[rows]
         out[rows] = guess.continued(heights[node], centres[node], level.atoms[node], tile)
     return out
+
+
+def of_groups(problem: Problem) -> Problem:
+    """The problem with one atom for each group of twins, the first one, with the mass of all.
+
+    The tree would give a group a node of its own, and between nodes as different as that (13) is no longer even.
+    """
+    target, twins = problem.target, problem.target.twins
+    if twins is None:
+        return problem
+    split, first = target.split, twins.first().cpu()
+    own = torch.arange(split.first, split.first + split.count)
+    chosen = (split.own(first) == own).nonzero()[:, 0]
+    mass = twins.sums(split.gather(torch.from_numpy(target.mass)).to(twins.group.device)).cpu()
+    mine = mass[split.own(twins.group).cpu()[chosen]].numpy()
+    atoms = target.atoms.among(chosen.numpy()) if isinstance(target.atoms, Framed) else target.atoms[chosen]
+    counts = tuple(split.axis.objects(len(chosen)))
+    return replace(problem, target=target.replaced(atoms, mine, Split(counts, split.axis)))
+
+
+def to_groups(problem: Problem, heights: Tensor, guess: Guess) -> Tensor:
+    """Heights of own atoms from those of the first one of each group, which is own (m,): see ``of_groups``."""
+    target, split = problem.target, problem.target.split
+    if target.twins is None:
+        return heights
+    first = target.twins.first().cpu()
+    ones = (first == torch.arange(split.n)).cumsum(0) - 1
+    return together(problem, split.own(split.axis.gather(heights).cpu()[ones[first]]).to(heights.device), guess)
+
+
+def together(problem: Problem, heights: Tensor, guess: Guess, far: float = 0.0) -> Tensor:
+    """Heights of own atoms, those of a group continued from its first one.
+
+    Two atoms at a distance r tie where their heights differ by r times a coordinate of the samples there. far: others
+    than the first keep their heights if these are within so many deviations of the source.
+    """
+    target, split = problem.target, problem.target.split
+    if target.twins is None:
+        return heights
+    every = split.gather(heights).cpu()
+    out = split.own(every).clone()
+    for number, to in target.twins.followers():
+        base = twins.rows(target.atoms, to, split)
+        away = twins.rows(target.atoms, number, split) - base
+        wanted = every[to] - (guess.inverse(base) * away).sum(dim=1)
+        own = (number >= split.first) & (number < split.first + split.count)
+        wrong = own & ((every[number] - wanted).abs() >= far * away.norm(dim=1))
+        out[number[wrong] - split.first] = wanted[wrong]
+    return out.to(heights.device)
 
 
 def _end(nodes: int, orbit_work: float) -> float:

@@ -6,7 +6,6 @@ the latents and owns their atoms: "own" counts those alone. Of equal latents the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +14,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from distot import twins
 from distot.atoms import ROWS, Atoms, Framed, Reader, Rows, Stored, Whole, as_atoms, blocks, into_frame, tile_rows
 from distot.errors import InputError
 from distot.fingerprint import Fingerprint, combined
 from distot.grid import Axis, Grid, Split
 from distot.power import Array, Cost, Frame, Quadratic
+from distot.twins import Twins
 
 SURVEYED = 16384  # rows of which the centre is the median
-CANDIDATES = 1 << 26  # numbers of rows that are compared at once
+NOTHING = 1e-18  # a share of all mass that changes no sum of float64
 UNEVEN = 8  # pieces of a store are kept whole where this many go to a share
 UNIT = 2.0**-8  # by which the length of a unit vector may be off: that of one in bfloat16 is, by less
 QUADRATIC = Quadratic()
@@ -45,6 +46,8 @@ class Target:
     split: Split  # of the atoms
     fingerprint: str
     notes: tuple[str, ...]
+    merge: bool = True  # whether latents that float32 scores cannot tell apart are one atom
+    twins: Twins | None = None  # of all atoms
 
     @property
     def n(self) -> int:
@@ -128,7 +131,7 @@ def check_mass(mass: Any, n: int, span: slice | None = None, axis: Axis | None =
             f"mass must be finite and not negative: {count:,} of {n:,} values are wrong, "
             f"the first is mass[{i}] = {value}"
         )
-    largest = float(axis.max(torch.tensor(m.max())))
+    largest = float(axis.max(torch.tensor(m.max(), dtype=torch.float64)))
     if largest == 0:
         raise InputError("all masses are zero; at least two latents need a positive mass")
     total = axis.total(float((m / largest).sum()))
@@ -137,7 +140,11 @@ def check_mass(mass: Any, n: int, span: slice | None = None, axis: Axis | None =
         notes.append(f"the masses sum to {total * largest:.6g}; they were divided by that sum")
     if zeros := int(axis.total(int((m == 0).sum()))):
         notes.append(f"{zeros:,} of {n:,} latents have zero mass and are left out; their height is -inf")
-    return m / largest / total, notes
+    nu = m / largest / total
+    none = (nu < NOTHING) & (m > 0)
+    if few := int(axis.total(int(none.sum()))):
+        notes.append(f"{few:,} of {n:,} latents have less than {NOTHING:g} of all mass and are left out like those of none")
+    return np.where(none, 0.0, nu), notes
 
 
 def build_target(
@@ -148,9 +155,11 @@ def build_target(
     cache: Cache,
     room: tuple[float, float] = (np.inf, np.inf),
     cost: Cost = QUADRATIC,
+    merge: bool = True,
 ) -> tuple[Target, Frame]:
     """Reads this process's share of the latents, checks and centres it, merges equal ones. Costs three passes over it.
 
+    merge: whether those that float32 scores cannot tell apart are merged as well.
     room: bytes that own latents may take as float32, and here in memory as they are stored; see ``_kept``.
     Raises InputError for NaN or Inf (how many, first row), wrong shapes or masses, fewer than two distinct atoms; at a
     spherical cost for latents that are not unit vectors, or have more mass than the half of the sphere that they see.
@@ -162,24 +171,33 @@ def build_target(
     span = slice(spans[axis.rank], spans[axis.rank + 1])
     nu, notes = check_mass(mass, total, span, axis)
     mean, cov = source_moments
-    fingerprint, centre = _survey(rows, span, axis, cache)
+    fingerprint, centre, typical = _survey(rows, span, axis, cache)
     if cost.spherical:
         _check_unit(rows, span, axis, cache)
-        frame = Frame(np.zeros(d), 1.0, np.zeros(d), 1.0)
+        frame, typical = Frame(np.zeros(d), 1.0, np.zeros(d), 1.0), 1.0
     else:
         scale = _scale(rows, span, nu, centre, axis, cache)
-        frame = Frame(mean, float(np.sqrt(np.trace(cov) / d)) or 1.0, centre, scale)
+        frame, typical = Frame(mean, float(np.sqrt(np.trace(cov) / d)) or 1.0, centre, scale), typical / scale
     kept = _kept(rows, span, room, grid, cache)
     every, tilt, code = _framed(rows, span, frame, kept, room, cache)
 
     leader = _leaders(every, code, nu > 0, span.start, axis)
+    repeated = _followers(leader, span, axis)
+    if merge and d > 1:
+        leader = twins.merged(every, leader, total, typical, span.start, axis)
     original = np.flatnonzero(leader == np.arange(span.start, span.stop))
     split = Split(tuple(axis.objects(len(original))), axis)
-    merged = int(axis.total(int((leader >= 0).sum()))) - split.n
+    joined = _followers(leader, span, axis) - repeated
     if split.n < 2:
         raise InputError("all latents of positive mass are the same point; there is nothing to transport apart")
-    if merged:
-        notes.append(f"{merged:,} latents repeat another one; each group is one atom with the sum of its masses")
+    if repeated:
+        notes.append(f"{repeated:,} latents repeat another one; each group is one atom with the sum of its masses")
+    if joined:
+        near = twins.reach(d, total, typical)(np.array([typical]))[0] * frame.target_scale
+        notes.append(
+            f"{joined:,} latents lie closer to another one than float32 scores tell, about {near:.1g}; each group is "
+            "one atom with the sum of its masses"
+        )
     atom_of, weight = _join(leader, nu, original, spans, split)
     if cost.spherical:
         _check_half(weight, original + span.start, axis)
@@ -197,12 +215,20 @@ def build_target(
         split,
         fingerprint,
         tuple(notes),
+        merge,
+        twins.grouped(atoms, typical, split) if d > 1 else None,
     )
     return target, frame
 
 
-def _survey(rows: Rows, span: slice, axis: Axis, cache: Cache) -> tuple[str, Array]:
-    """Fingerprint (content hash) and centre (coordinate-wise median of up to SURVEYED rows) of all latents.
+def _followers(leader: NDArray[np.int64], span: slice, axis: Axis) -> int:
+    """How many latents of all shares stand behind another one."""
+    return int(axis.total(int(((leader >= 0) & (leader != np.arange(span.start, span.stop))).sum())))
+
+
+def _survey(rows: Rows, span: slice, axis: Axis, cache: Cache) -> tuple[str, Array, float]:
+    """Fingerprint (content hash) of all latents; of up to SURVEYED rows the centre, which is the median of each
+    coordinate, and the median distance from it.
 
     A block of ROWS rows is hashed where it begins, even if its end belongs to the next share.
     """
@@ -236,7 +262,8 @@ def _survey(rows: Rows, span: slice, axis: Axis, cache: Cache) -> tuple[str, Arr
     surveyed = axis.gather(torch.from_numpy(few_rows)).numpy()
     # part by part, as the median copies
     centre = np.concatenate([np.median(its, axis=0) for its in np.array_split(surveyed, -(-d // 64), axis=1)])
-    return combined(rows.shape, rows.dtype, [digest for *_, its in reports for digest in its]), centre
+    typical = float(np.median(np.sqrt(((surveyed - centre) ** 2).sum(axis=1))))
+    return combined(rows.shape, rows.dtype, [digest for *_, its in reports for digest in its]), centre, typical
 
 
 def _scale(rows: Rows, span: slice, nu: Array, centre: Array, axis: Axis, cache: Cache) -> float:
@@ -349,32 +376,10 @@ def _described(rows: Rows, kept: str, n: int, room: tuple[float, float]) -> tupl
 def _leaders(
     every: Atoms, code: NDArray[np.uint64], positive: NDArray[np.bool_], first: int, axis: Axis
 ) -> NDArray[np.int64]:
-    """The lowest row among those of positive mass that equal each own one, (own latents,); -1 where the mass is zero.
-
-    Rows with the same hash meet in one process, and only they are compared, CANDIDATES numbers at a time.
-    """
+    """The lowest row of positive mass that equals each own one, (own latents,); -1 where the mass is zero."""
     kept = np.flatnonzero(positive)
-    judge = (code[kept] % np.uint64(axis.size)).astype(np.int64)
-
-    def repeats(codes: NDArray[np.int64]) -> NDArray[np.bool_]:
-        _, inverse, count = np.unique(codes, return_inverse=True, return_counts=True)
-        return count[inverse] > 1
-
-    twin = kept[_asked(axis, judge, [code[kept].view(np.int64)], repeats)]
-    leader = np.where(positive, np.arange(first, first + len(every)), -1)
-
-    def lowest(rows: NDArray[np.float32], row: NDArray[np.int64]) -> NDArray[np.int64]:
-        _, group = np.unique(rows, axis=0, return_inverse=True)
-        least = np.full(int(group.max()) + 1 if len(row) else 0, np.iinfo(np.int64).max)
-        np.minimum.at(least, group.ravel(), row)
-        return least[group.ravel()]
-
-    most = int(axis.max(torch.tensor(len(twin))))
-    turns = -(-most * every.shape[1] // CANDIDATES) or 1
-    for turn in range(turns):  # equal rows have the same turn
-        its = twin[(code[twin] >> np.uint64(32)) % np.uint64(turns) == turn]
-        rows, own = every[torch.from_numpy(its)].numpy(), (code[its] % np.uint64(axis.size)).astype(np.int64)
-        leader[its] = _asked(axis, own, [rows, its + first], lowest)
+    leader = np.full(len(every), -1)
+    leader[kept] = twins.meeting(every, kept, code[kept], first, axis, twins.equal)
     return leader
 
 
@@ -397,18 +402,5 @@ def _join(
         return split.first + place
 
     atom_of = np.full(len(leader), -1, dtype=np.int64)
-    atom_of[kept] = _asked(axis, owner, [leader[kept], nu[kept]], joined)
+    atom_of[kept] = twins.asked(axis, owner, [leader[kept], nu[kept]], joined)
     return atom_of, mass
-
-
-def _asked(axis: Axis, whom: NDArray[np.int64], of: Sequence[NDArray[Any]], answer: Callable[..., NDArray[Any]]) -> Any:
-    """What process ``whom[i]`` makes of the i-th row of each array, by ``answer`` for all that arrive there."""
-    order = whom.argsort(kind="stable")
-    ends = np.bincount(whom, minlength=axis.size).cumsum()[:-1]
-    arrived = [axis.exchange([torch.from_numpy(part) for part in np.split(values[order], ends)]) for values in of]
-    found = answer(*(torch.cat(parts).numpy() for parts in arrived))
-    edges = np.cumsum([len(part) for part in arrived[0]])[:-1]
-    back = axis.exchange([torch.from_numpy(part) for part in np.split(found, edges)])
-    out = np.empty(len(whom), dtype=found.dtype)
-    out[order] = torch.cat(back).numpy()
-    return out

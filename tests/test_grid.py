@@ -36,6 +36,8 @@ def cloud(n: int = N, d: int = D) -> NDArray[np.float64]:
     rows[n // 2 :, 0] += 3.0
     rows[n - 7] = rows[3]  # equal latents far apart
     rows[n // 2] = rows[n // 2 - 1]
+    rows[-30:-20] = rows[20:30] + 1e-3  # twins, far apart as well
+    rows[-40:-30] = rows[30:40] + 1e-7  # and some that float32 does not tell apart
     return rows
 
 
@@ -66,10 +68,13 @@ def everything(grid: Grid, talk: bool = False) -> dict[str, Any]:
         "moments": target.moments(),
         "normal": whole(problem, start.normal(problem).heights(target.atoms)),
     }
-    heights, work = start.multilevel(problem, "native", lambda: None)
+    assert target.twins is not None
+    found |= {"groups": target.twins.group.numpy(), "widths": target.twins.width.numpy()}
+    heights, work = start.multilevel(start.of_groups(problem), "native", lambda: None)
+    heights = start.to_groups(problem, heights, start.guess_of(problem))
     found |= {"start": whole(problem, heights), "start work": work}
     search, mass = assign.over(problem, "native"), torch.from_numpy(target.mass)
-    state = optim.begin(heights, work, target.split)
+    state = optim.begin(heights, work, target.split, target.twins)
     low = torch.arange(0 if grid.target.rank else 9)  # the same atoms starve on every grid
     state = optim.lifted(state, state.heights.index_fill(0, low, -30.0), 0)
     for _ in range(8):

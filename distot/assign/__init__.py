@@ -19,6 +19,8 @@ from distot.problem import Problem
 from distot.source import Stream
 
 QUADRATIC = Quadratic()
+UNIT = 2.0**-24  # relative error of rounding to float32
+LEAST = 1e-30  # margin of scores that are both 0
 NAMES = ("auto", "native", "lists", "triton", "dense", "faiss")
 
 
@@ -31,8 +33,14 @@ class Winners:
 
     @property
     def margin(self) -> Tensor:
-        """Best score minus runner-up (B,) float64; needs k >= 2."""
-        return self.score[:, 0].double() - self.score[:, 1].double()
+        """Best score minus runner-up (B,) float64, no less than float32 can tell; needs k >= 2."""
+        return self.apart(torch.ones_like(self.index[:, :1]))[:, 0]
+
+    def apart(self, column: Tensor) -> Tensor:
+        """Best score minus that of a column (B, m) of each sample, (B, m) float64, no less than float32 can tell."""
+        score = self.score.double()
+        best = score[:, :1]
+        return torch.maximum(best - score.gather(1, column), best.abs() * UNIT + LEAST)
 
 
 Searched = tuple[int, Tensor | Orbits, Winners]
