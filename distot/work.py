@@ -91,7 +91,8 @@ class Solve:
     def again(self) -> Task:
         if self.run is None or not (self.run / "config.json").is_file():
             return self
-        return Resume(self.run, source=self.source if callable(self.source) else None, settled=True)
+        latents = self.latents if isinstance(self.latents, Url) else None  # as it was named by who began
+        return Resume(self.run, self.source if callable(self.source) else None, latents, settled=True)
 
 
 @dataclass(frozen=True)
