@@ -93,7 +93,7 @@ class Loader(IterableDataset[Batch], ABC):
 
     Every iteration is an epoch, the one after that of the iteration before, whether that came to its end or not;
     ``set_epoch`` says otherwise. What decides the batches is fixed when the loader is made, and goes with it into other
-    processes. epoch: the first one. start: batches of this rank that were had already of it, on any number of workers.
+    processes. epoch: the first one. start: batches of this rank that were had already of it, on as many workers as now.
     rank, world: which share is handed out here; None: as torch.distributed says, or all of them if there is no process
     group by the first batch. drop_last: as in ``Plan``; None: if there are several ranks, which must have equally many
     batches where they wait for each other.
@@ -117,6 +117,7 @@ class Loader(IterableDataset[Batch], ABC):
         self._turns = Turns(epoch, start, plan.endless)
         self._at: dict[str, int] | None = None  # where this process is
         self._begin: dict[str, int] | None = None  # where this worker of a DataLoader is to begin
+        self._stated: tuple[int, int] | None = None  # where the state says to begin that this process was given
 
     @abstractmethod
     def make(self, epoch: int, first: int, last: int) -> Batch:
@@ -174,8 +175,8 @@ class Loader(IterableDataset[Batch], ABC):
         for name, known in (("world", 1), ("workers", 1 if info is None else workers)):
             if state.get(name, known) != here[name]:
                 raise InputError(
-                    f"this state is of {state.get(name, known)} {NAMES[name]}, and there are {here[name]} now; take as "
-                    "many, or give start= the batches that every rank has had"
+                    f"this state is of {state.get(name, known)} {NAMES[name]}, and there are {here[name]} now, which "
+                    "have the samples in another order; take as many, or begin another epoch"
                 )
         if info is None and not 0 <= state["batch"] <= self.plan.batches:
             raise InputError(
@@ -184,7 +185,8 @@ class Loader(IterableDataset[Batch], ABC):
             )
         self._at = self._begin = None
         if info is None:
-            self._turns.set(state["epoch"], state["batch"])
+            self._stated = state["epoch"], state["batch"]
+            self._turns.set(*self._stated)
         else:
             self._begin = dict(state)
 
@@ -195,6 +197,11 @@ class Loader(IterableDataset[Batch], ABC):
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
         told, self._begin = self._begin, None
         epoch, start = self._turns.begin(None if told is None else told["epoch"])
+        if start and workers > 1 and told is None and (epoch, start) == self._stated:
+            raise InputError(
+                f"this loader was told the state of one without workers, and {workers} workers have the samples in "
+                "another order; use num_workers=0 or 1, or begin another epoch"
+            )
         part = (worker + start) % workers  # batches come from the workers in turn, and worker 0 is asked first
         skip = max(0, -(-(start - part) // workers))
         if told is not None:
