@@ -73,6 +73,12 @@ def samples(loader: Any) -> bytes:
     return rows[np.lexsort(rows.T)].tobytes()
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A DataLoader that failed does not wait for its workers."""
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)
+
+
 def in_group(monkeypatch: pytest.MonkeyPatch, rank: int, world: int) -> None:
     """This process is one of a process group from here on."""
     for name, value in (("is_initialized", True), ("get_rank", rank), ("get_world_size", world)):
@@ -328,7 +334,7 @@ def test_set_epoch_keeps_where_to_begin(place: Path) -> None:
         assert len(list(pairs)) == 15
 
 
-def test_a_state_is_of_so_many_workers_and_ranks(place: Path) -> None:
+def test_a_state_is_of_so_many_workers_and_ranks(place: Path, impatient: None) -> None:
     """Others have the samples in another order, and would repeat some and miss some."""
     pairs = KINDS["Pairs"](place)
     done = [batch for _, batch in zip(range(5), pairs, strict=False)]
@@ -457,7 +463,9 @@ class Inside(IterableDataset[Any]):
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("around", [lambda its: its, Inside])
-def test_batches_are_not_dealt_out_twice(place: Path, accelerate: Any, workers: int, around: Any) -> None:
+def test_batches_are_not_dealt_out_twice(
+    place: Path, accelerate: Any, impatient: None, workers: int, around: Any
+) -> None:
     """accelerate shares all iterable data sets out among its processes: ranks of a loader would lose most of theirs."""
 
     def prepared(loader: Loader) -> Iterator[Any]:
