@@ -23,6 +23,7 @@ import numpy as np
 
 import distot
 import distot.cli
+from distot import readers
 from distot.store import Run
 
 LIMIT = 60.0  # seconds that anything awaited may take
@@ -205,6 +206,48 @@ def work(job: dict[str, Any]) -> None:
 
 def command(arguments: list[str]) -> None:
     """The command line."""
+    distot.cli.main(arguments)
+
+
+def unheard(arguments: list[str]) -> None:
+    """The command line, with nobody to read its standard error."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    sys.stderr = os.fdopen(writer, "w", buffering=1)
+    distot.cli.main(arguments)
+
+
+def onto(file: str, arguments: list[str]) -> None:
+    """The command line, with its standard output going to ``file``."""
+    sys.stdout = Path(file).open("w")  # noqa: SIM115  # open until the end of the process
+    distot.cli.main(arguments)
+
+
+def ignoring(number: int, arguments: list[str]) -> None:
+    """The command line as ``nohup`` starts it."""
+    signal.signal(number, signal.SIG_IGN)
+    distot.cli.main(arguments)
+
+
+def encoded(encoding: str, arguments: list[str]) -> None:
+    """The command line where streams have an encoding other than UTF-8."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding=encoding, errors="strict")  # type: ignore[union-attr]
+    distot.cli.main(arguments)
+
+
+def struck(number: int, arguments: list[str]) -> None:
+    """The command line, struck by a signal when some blocks of a source of latents were read."""
+    rows = readers.Reader.rows
+
+    def blocks(self: readers.Reader) -> Iterator[np.ndarray]:
+        for count, block in enumerate(rows(self)):
+            if count == 3:
+                signal.raise_signal(number)
+            yield block
+
+    readers.BLOCK_BYTES = 1 << 10
+    readers.Reader.rows = blocks  # type: ignore[method-assign]
     distot.cli.main(arguments)
 
 

@@ -16,6 +16,7 @@ import sys
 import termios
 import time
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +192,13 @@ def test_max_time_is_kept(launcher: Launcher, latents: Path, tmp_path: Path) -> 
     assert seconds["certificate"] < 3.0
 
 
-@pytest.mark.parametrize(("number", "name", "code"), [(signal.SIGINT, "SIGINT", 130), (signal.SIGTERM, "SIGTERM", 143)])
+@pytest.mark.parametrize(
+    ("number", "name", "code"),
+    [
+        *((signal.SIGINT, "SIGINT", 130), (signal.SIGTERM, "SIGTERM", 143), (signal.SIGHUP, "SIGHUP", 129)),
+        *((signal.SIGUSR1, "SIGUSR1", 138), (signal.SIGXCPU, "SIGXCPU", 152)),
+    ],
+)
 def test_signals_save_and_say_how_to_go_on(
     launcher: Launcher, latents: Path, tmp_path: Path, number: int, name: str, code: int
 ) -> None:
@@ -237,6 +244,72 @@ def test_second_interrupt_quits_at_once(launcher: Launcher, latents: Path, tmp_p
     assert Run(run).load_checkpoint() is None
     with Run(run).lock():
         pass
+
+
+def test_a_signal_that_is_ignored_ends_nothing(launcher: Launcher, latents: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run.zarr"
+    child = launcher.start("ignoring", int(signal.SIGHUP), [str(word) for word in ("solve", latents, run, *FOREVER)])
+    wait_for("a look at chi2", lambda: "samples: chi2" in child.stderr(), child)
+    child.kill(signal.SIGHUP)
+    seen = child.stderr()
+    wait_for("another look", lambda: child.stderr() != seen, child)
+    child.kill(signal.SIGTERM)
+    assert child.wait() == 143
+    assert "stopped by SIGTERM; everything is saved" in child.stderr()
+
+
+def test_signals_that_come_together_save_all_the_same(launcher: Launcher, latents: Path, tmp_path: Path) -> None:
+    """As where a terminal is closed, or a batch system sends one to the process and one to its group."""
+    run = tmp_path / "run.zarr"
+    child = launcher.command("solve", latents, run, *FOREVER)
+    wait_for("a look at chi2", lambda: "samples: chi2" in child.stderr(), child)
+    for number in (signal.SIGSTOP, signal.SIGHUP, signal.SIGTERM, signal.SIGCONT):
+        child.kill(number)
+    assert child.wait() in (129, 143)  # whichever its threads took first
+    assert distot.load(run).reason == "interrupted"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_what_ingest_had_begun_is_cleared_away(launcher: Launcher, tmp_path: Path, number: int) -> None:
+    np.save(tmp_path / "z.npy", np.zeros((4000, 3)))
+    child = launcher.start("struck", number, ["ingest", str(tmp_path / "z.npy"), str(tmp_path / "z.zarr")])
+    assert child.wait() == 128 + number
+    assert "Traceback" not in child.stderr()
+    assert [file.name for file in tmp_path.iterdir()] == ["z.npy"]
+
+
+@pytest.mark.parametrize("words", [("-m", "distot.cli"), ("-m", "jobs.solve"), ("distot",)], ids=" ".join)
+def test_an_interrupt_while_it_starts_ends_it_without_a_traceback(tmp_path: Path, words: tuple[str, ...]) -> None:
+    """Sent by a module that is imported, and that catches everything."""
+    (tmp_path / "torch.py").write_text(
+        "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept BaseException:\n    pass\n"
+    )
+    if words == ("distot",):
+        (tmp_path / "distot").write_text("from distot.cli import main\nmain()\n")
+        words = (str(tmp_path / "distot"),)
+    environment = ENVIRONMENT | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(__file__).parent.parent}"}
+    done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, timeout=LIMIT)
+    assert done.returncode == 130
+    assert done.stderr == "stopped by SIGINT\n"
+
+
+def test_a_run_goes_on_when_nobody_reads_what_it_says(launcher: Launcher, latents: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run.zarr"
+    child = launcher.start("unheard", ["solve", str(latents), str(run), "--until-chi2", "0.1"])
+    assert child.wait() == 0
+    assert "the goal was reached" in child.stdout()
+    (warning,) = [record["text"] for record in Run(run).records() if record["event"] == "warning"]
+    assert warning.startswith("standard error is lost ([Errno 32] Broken pipe); the run goes on without it")
+    assert Run(run).load_json("certificate.json") is not None
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no disk that is always full")
+def test_what_cannot_be_printed_is_one_sentence(launcher: Launcher, latents: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run.zarr"
+    child = launcher.start("onto", "/dev/full", ["solve", str(latents), str(run), "--until-chi2", "0.1", "--json"])
+    assert child.wait() == 1
+    assert child.stderr().splitlines()[-1].startswith("error: not all that was printed could be written: ")
+    assert Run(run).load_json("certificate.json") is not None
 
 
 def test_interrupt_before_the_run_begins(launcher: Launcher, tmp_path: Path) -> None:
@@ -320,6 +393,22 @@ MISTAKES = [
     (["ingest", "NPY", "RUN", "--dtype", "int3"], "int3"),
     (["solve", "Z", "RUN", "--assigner", "magic"], "magic"),
     (["certify", "DONE", "--samples", "1"], "at least 2"),
+    (["certify", "DONE", "--samples", "1e308"], "'1e308' is too large; give a number below 2^63"),
+    (["solve", "Z", "RUN", "--max-samples", "1e30"], "'1e30' is too large"),
+    (["solve", "Z", "RUN", "--certificate-samples", "9223372036854775808"], "'9223372036854775808' is too large"),
+    (["solve", "Z", "RUN", "--replicas", "2"], "replicas=2 is for work on workers; say how many"),
+    (["solve", "Z", "RUN", "--ray", "auto"], "ray='auto' is for work on workers"),
+    (["resume", "DONE", "--replicas", "2"], "replicas=2 is for work on workers"),
+    (["certify", "DONE", "--ray", "auto"], "ray='auto' is for work on workers"),
+    (["assign", "DONE", "NPY", "RUN", "--replicas", "2"], "replicas=2 is for work on workers"),
+    (["generate", "DONE", "RUN", "-n", "9", "--ray", "auto"], "ray='auto' is for work on workers"),
+    (["generate", "DONE", "RUN", "-n", "9", "--threshold", "1", "--quantile", "0.5"], "the quantile 0.5 not"),
+    (["solve", "Z", "RUN", "--low", "0"], "--low is for --source cube alone, not for gaussian; leave it out"),
+    (["solve", "Z", "RUN", "--source", "cube", "--radius", "2"], "--radius is for --source ball or sphere alone"),
+    (["solve", "Z", "RUN", "--source", "ball", "--mean", "NPY"], "--mean is for --source gaussian alone"),
+    (["solve", "Z", "RUN", "--source", "Z", "--cov", "NPY"], "--cov is for --source gaussian alone"),
+    (["solve", "Z", "RUN", "--top-k", "8"], "--top-k is for the entropic problem alone"),
+    (["report", "DONE", "-o", "RUN.html", "--no-detail", "--device", "cpu"], "leave detail=False away"),
 ]
 
 
@@ -337,6 +426,46 @@ def test_mistakes_get_one_sentence(
     assert list(tmp_path.iterdir()) == [source]
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_an_encoding_without_mathematics(launcher: Launcher, finished: Path, encoding: str) -> None:
+    for words in (["inspect", str(finished)], ["certify", str(finished)]):
+        child = launcher.start("encoded", encoding, words)
+        assert child.wait() == 0, child.stderr()
+        text = (child.folder / "stdout").read_text(encoding)
+        assert ("+-" if encoding == "ascii" else "±") in text
+    assert ("W2^2" if encoding == "ascii" else "W2²") in text
+
+
+def test_a_path_that_is_no_text(launcher: Launcher, finished: Path, latents: Path, tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    shutil.copytree(finished, folder / "run.zarr")
+    for words in (
+        ("inspect", folder / "run.zarr"),
+        ("certify", folder / "run.zarr", "--latents", latents),
+        ("report", folder / "run.zarr", "--latents", latents, "-o", folder / "page.html"),
+    ):
+        child = launcher.run(*words)
+        assert child.returncode == 0, child.stderr()
+        assert b"caf\xe9" in (child.folder / "stdout").read_bytes()
+
+
+@pytest.mark.parametrize("source", ["gaussian", "cube"])
+def test_a_line(launcher: Launcher, tmp_path: Path, source: str) -> None:
+    """All masses are exact there, by a formula and without cells."""
+    latents = tmp_path / "z.zarr"
+    copy_latents(Z[:, :1], 1.0 + np.arange(100), latents, "drawn for a test")
+    child = launcher.run("solve", latents, tmp_path / "run.zarr", "--source", source)
+    assert child.returncode == 0, child.stderr()
+    assert "all masses are exact" in child.stdout()
+    child = launcher.run("certify", tmp_path / "run.zarr", "--json")
+    assert child.returncode == 0, child.stderr()
+    assert json.loads(child.stdout())["exact"] is None
+    child = launcher.run("report", tmp_path / "run.zarr", "-o", tmp_path / "page.html")
+    assert child.returncode == 0, child.stderr()
+    assert facts(launcher.run("inspect", tmp_path / "run.zarr"))["state"] == "exact"
+
+
 # ---------------------------------------------------------------------------------------------------- help
 
 
@@ -348,7 +477,13 @@ def test_help_contains_an_example(launcher: Launcher, command: str) -> None:
     assert child.stderr() == ""
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"]], ids=["nothing", "--help"])
+def test_version(launcher: Launcher) -> None:
+    child = launcher.run("--version")
+    assert child.returncode == 0
+    assert child.stdout() == f"distot {version('distot')}\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]], ids=["nothing", "--help", "-h"])
 def test_overview(launcher: Launcher, arguments: list[str]) -> None:
     child = launcher.run(*arguments)
     assert child.returncode == 0

@@ -86,7 +86,7 @@ def report(
             found = _detail(solution, samples, bool(detail), function)
     text = page.render(story, found, time.strftime("%Y-%m-%d %H:%M"))
     with new_file(place, over=ours) as file:
-        file.write_text(text, encoding="utf-8")
+        file.write_text(text, encoding="utf-8", errors="replace")  # a path may be no text
     return place
 
 
