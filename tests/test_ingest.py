@@ -7,6 +7,8 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from distot import readers as module
 from distot.errors import DistotError, DistotWarning, InputError, StoreError
 from distot.fingerprint import Fingerprint
 from distot.ingest import ingest
-from distot.store import new_latents, open_latents
+from distot.store import new_latents, open_latents, read_npy
 
 N, D = 700, 6
 Z = np.random.default_rng(1).standard_normal((N, D)).astype(np.float32)
@@ -346,6 +348,228 @@ def test_parquet_files_of_different_schemas_are_refused(tmp_path: Path, out: Pat
     folder = parquet_folder(tmp_path, Z)
     pq.write_table(pa.table({"z": fixed(Z.astype(np.float64))}), folder / "c.parquet")
     refused(InputError, folder, out, "c.parquet has other columns than", "a.parquet")
+
+
+NESTED = Z.reshape(N, 2, 3)
+NESTED_LISTS = pa.array(NESTED.tolist(), pa.list_(pa.list_(pa.float32())))
+LABELS = np.arange(N)
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        NESTED_LISTS,
+        NESTED_LISTS.cast(pa.list_(pa.list_(pa.float32(), 3), 2)),
+        pa.array(NESTED.tolist(), pa.list_(pa.list_(pa.float32(), 3))),
+        pa.FixedShapeTensorArray.from_numpy_ndarray(NESTED),
+    ],
+    ids=["lists", "fixed lists", "lists of fixed lists", "tensors"],
+)
+def test_nested_lists_are_flattened_and_never_passed_over(
+    column: pa.Array, tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BLOCK_BYTES", 100 * D * 8)
+    source = write_parquet(tmp_path, label=LABELS, latent=column)
+    refused(InputError, source, out, "latent has shape (700, 2, 3)", "--flatten")
+    (note,) = ingest(source, out / "l.zarr", flatten=True).notes
+    assert note.endswith("left out: label")
+    np.testing.assert_array_equal(open_latents(out / "l.zarr")[:], Z)
+
+
+def test_rows_of_nested_lists_that_are_not_alike_are_named(tmp_path: Path, out: Path) -> None:
+    rows: list[Any] = NESTED.tolist()
+    rows[433][1].pop()
+    source = write_parquet(tmp_path, z=rows)
+    refused(InputError, source, out, "z has 2 values in row 433 where the first row has 3", flatten=True)
+    rows[433][1] = None
+    refused(InputError, write_parquet(tmp_path, z=rows), out, "null in row 433", flatten=True)
+
+
+STRANGE: dict[str, pa.Array] = {
+    "struct": pa.array([{"x": 1.0, "y": 2.0}] * N),
+    "binary": pa.array([b"1234"] * N),
+    "fixed_size_binary": pa.array([b"1234"] * N, pa.binary(4)),
+    "map": pa.array([[("x", 1.0)]] * N, pa.map_(pa.string(), pa.float32())),
+    "decimal": pa.array([Decimal("1.5")] * N),
+    "list<element: bool>": pa.array([[True, False]] * N),
+    "list<element: struct": pa.array([[{"x": 1.0}]] * N),
+    "permutation": pa.ExtensionArray.from_storage(
+        pa.fixed_shape_tensor(pa.float32(), [2, 3], permutation=[1, 0]), fixed(Z)
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+@pytest.mark.parametrize("beside", ["label", "list"])
+def test_what_might_be_the_latents_and_is_not_understood_is_refused(
+    kind: str, beside: str, tmp_path: Path, out: Path
+) -> None:
+    column = LABELS if beside == "label" else fixed(Z)
+    source = write_parquet(tmp_path, **{"latent": STRANGE[kind], beside: column})
+    refused(InputError, source, out, "latent", kind, "--key")
+    refused(InputError, source, out, "latent holds values of type", kind, "float32", key="latent")
+    if beside == "list":
+        ingest(source, out / "l.zarr", key="list")
+        np.testing.assert_array_equal(open_latents(out / "l.zarr")[:], Z)
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array(["x"] * N),
+        pa.array(["x"] * N).dictionary_encode(),
+        pa.array([True] * N),
+        pa.nulls(N),
+        pa.array([datetime(2026, 1, 1)] * N),
+        pa.array([["a", "b"]] * N),
+        pa.array([[1, 2]] * N),
+    ],
+    ids=["text", "categories", "truth", "nothing", "times", "texts", "shape"],
+)
+def test_columns_left_out_are_named(column: pa.Array, tmp_path: Path, out: Path) -> None:
+    source = write_parquet(tmp_path, z=fixed(Z), height=LABELS, latent_shape=column)
+    (note,) = ingest(source, out / "l.zarr").notes
+    assert note == f"the latents are z of {source}; left out: height, latent_shape"
+    np.testing.assert_array_equal(open_latents(out / "l.zarr")[:], Z)
+    source = write_parquet(tmp_path, x=Z[:, 0], y=Z[:, 1], latent_shape=column)
+    (note,) = ingest(source, out / "m.zarr").notes
+    assert note == f"left out: latent_shape; each row of {source} is made of the columns x, y"
+
+
+def test_columns_that_are_hardly_coordinates_are_noted(tmp_path: Path, out: Path) -> None:
+    source = write_parquet(tmp_path, x=Z[:, 0], class_label=LABELS, image_height=LABELS)
+    notes = ingest(source, out / "l.zarr").notes
+    assert (
+        f"class_label, image_height of {source} count as coordinates; if they are none, save it without them" in notes
+    )
+
+
+def test_numbers_as_categories_and_half_floats_are_numbers(tmp_path: Path, out: Path) -> None:
+    z = np.round(Z[:, :2]).astype(np.float16)
+    source = write_parquet(tmp_path, x=pa.array(z[:, 0].astype(np.float32)).dictionary_encode(), y=pa.array(z[:, 1]))
+    ingest(source, out / "l.zarr")
+    np.testing.assert_array_equal(open_latents(out / "l.zarr")[:], z)
+    ingest(write_parquet(tmp_path, z=pa.array(list(z), pa.list_(pa.float16()))), out / "m.zarr")
+    np.testing.assert_array_equal(open_latents(out / "m.zarr")[:], z)
+
+
+def test_columns_of_one_name_are_refused(tmp_path: Path, out: Path) -> None:
+    pq.write_table(pa.Table.from_arrays([pa.array(LABELS)] * 2, names=["x", "x"]), tmp_path / "a.parquet")
+    refused(InputError, tmp_path / "a.parquet", out, "several columns of one name")
+
+
+def test_every_file_of_a_folder_is_accounted_for(tmp_path: Path, out: Path) -> None:
+    folder = parquet_folder(tmp_path, Z)
+    pq.write_table(pa.table({"z": fixed(Z[:0])}), folder / "0.parquet")
+    (folder / "_SUCCESS").touch()
+    np.save(folder / "more.npy", Z)
+    (folder / "c.PARQUET").write_bytes((folder / "a.parquet").read_bytes())
+    notes = ingest(folder, out / "l.zarr").notes
+    assert f"files of {folder} that are no .parquet are left out: c.PARQUET, more.npy" in notes
+    np.testing.assert_array_equal(open_latents(out / "l.zarr")[:], Z)
+    pq.write_table(pa.table({"z": fixed(Z), "latent": NESTED_LISTS}), folder / "d.parquet")
+    refused(InputError, folder, out_of(out), "d.parquet has other columns than", "0.parquet")
+
+
+def out_of(out: Path) -> Path:
+    """Another empty folder."""
+    (out.parent / "other").mkdir(exist_ok=True)
+    return out.parent / "other"
+
+
+@pytest.mark.parametrize("save", [npz, tensors, zarr_group])
+def test_arrays_left_out_are_named(save: Save, tmp_path: Path, out: Path) -> None:
+    (note,) = ingest(save(tmp_path, Z, labels=LABELS, other=LABELS), out / "l.zarr").notes
+    assert note.endswith(("left out: labels, other", "left out beside it: labels, other"))
+    assert ingest(save(out_of(out), Z, labels=LABELS), out / "m.zarr", key="z").notes == ()
+
+
+def test_objects_in_an_npz_are_not_passed_over(tmp_path: Path, out: Path) -> None:
+    source = npz(tmp_path, Z[:, :2], latents=np.array([*Z, None], dtype=object))
+    refused(InputError, source, out, "latents (values of type object)", "--key")
+    refused(InputError, source, out, "latents holds values of type object", key="latents")
+    ingest(source, out / "l.zarr", key="z")
+
+
+def test_numbers_that_are_packed_are_not_taken_as_they_are(tmp_path: Path, out: Path) -> None:
+    array = zarr.open_array(zarr_array(tmp_path, Z))
+    array.attrs["add_offset"] = 0.0
+    array.attrs["_FillValue"] = "NaN"
+    assert ingest(tmp_path / "a.zarr", out / "l.zarr").notes == ()
+    array.attrs["_FillValue"] = -999
+    (note,) = ingest(tmp_path / "a.zarr", out / "m.zarr").notes
+    assert "_FillValue" in note
+    assert "-999" in note
+    array.attrs["scale_factor"] = 0.1
+    refused(InputError, tmp_path / "a.zarr", out_of(out), "packed (scale_factor = 0.1)", "unpacked")
+    with pytest.raises(InputError, match="packed"):
+        distot.solve(tmp_path / "a.zarr", progress=False)
+    safetensors.numpy.save_file({"z": Z}, tmp_path / "a.safetensors", metadata={"scaling_factor": "0.18"})
+    (note,) = ingest(tmp_path / "a.safetensors", out / "n.zarr").notes
+    assert "scaling_factor 0.18" in note
+
+
+def test_groups_and_arrays_of_more_dimensions_are_not_passed_over(tmp_path: Path, out: Path) -> None:
+    source = zarr_group(tmp_path, Z[:, :2], images=Z.reshape(N, 2, 3))
+    refused(InputError, source, out, "images", "z", "--key")
+    group = zarr.create_group(tmp_path / "b")
+    zarr_group(tmp_path / "b", Z)
+    refused(InputError, tmp_path / "b", out, "groups ['a/']", "--key")
+    ingest(tmp_path / "b", out / "l.zarr", key="a/z")
+    np.testing.assert_array_equal(open_latents(out / "l.zarr")[:], Z)
+    group.create_array("pos", shape=(N, 2), dtype="f4")[:] = Z[:, :2]
+    assert any("left out beside it: a/" in note for note in ingest(tmp_path / "b", out / "m.zarr").notes)
+
+
+# --------------------------------------------------------------------------------- more than one array in a file
+
+
+def several(path: Path, count: int) -> Path:
+    """An npy file as it comes of saving batch after batch."""
+    with (path / "a.npy").open("wb") as file:
+        for _ in range(count):
+            np.save(file, Z)
+    return path / "a.npy"
+
+
+def test_an_npy_of_several_arrays_is_refused_wherever_one_is_read(tmp_path: Path, out: Path) -> None:
+    source = several(tmp_path, 3)
+    refused(InputError, source, out, "a.npy holds 3 arrays one after another", "numpy.concatenate")
+    with pytest.raises(InputError, match="holds 3 arrays"):
+        read_npy(source)
+    with pytest.raises(InputError, match="holds 3 arrays"):
+        ingest(npz(tmp_path, Z), out / "l.zarr", mass=source)
+    distot.solve(Z, run=out / "run.zarr", max_samples=1000, progress=False)
+    with pytest.raises(InputError, match="holds 3 arrays"):
+        distot.assign_file(out / "run.zarr", source, out / "index.npy")
+    with pytest.raises(InputError, match="holds 3 arrays"):
+        distot.solve(Z, init=source, progress=False)
+
+
+def test_bytes_behind_an_array_are_refused(tmp_path: Path, out: Path) -> None:
+    source = npy(tmp_path, Z)
+    source.write_bytes(source.read_bytes() + b"more")
+    refused(InputError, source, out, "goes on for 4 bytes behind its array", "numpy.save")
+
+
+def test_files_that_were_joined_are_refused(tmp_path: Path, out: Path) -> None:
+    source = npz(tmp_path, Z)
+    source.write_bytes(2 * source.read_bytes())
+    refused(InputError, source, out, "bytes before its first array")
+
+
+@pytest.mark.parametrize("shape", ["(-5, 6)", "(0, 9223372036854775807)", "(100000000000000000000, 3)", "(3, -1)"])
+def test_impossible_shapes_are_refused(tmp_path: Path, out: Path, shape: str) -> None:
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}".encode()
+    header += b" " * (-(len(header) + 11) % 64) + b"\n"
+    content = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(1000)
+    (tmp_path / "a.npy").write_bytes(content)
+    refused(InputError, tmp_path / "a.npy", out, "a.npy is damaged", shape)
+    with pytest.raises(InputError, match="cannot be read as an npy file"):
+        read_npy(tmp_path / "a.npy")
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("z.npy", content)
+    refused(InputError, tmp_path / "a.npz", out, "a.npz is damaged", shape)
 
 
 # ---------------------------------------------------------------------------------------------- masses
