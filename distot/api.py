@@ -135,7 +135,8 @@ def resume(
 
     until_chi2, max_samples, max_seconds, device, memory replace the run's own values if given, for good (max_seconds
     counts anew in every process); infinity takes a limit away. source is needed if the run draws from a user's
-    callable; latents if they have moved.
+    callable: the same one, by its name and by what it draws. latents are needed if they have moved; where they are now
+    is kept in the run.
 
     Raises InputError if the latents are not those of the run or nothing is left to do; StoreError if the run is
     missing, locked or damaged.
@@ -271,6 +272,8 @@ def do(
         return task(Room(show=progress, on_event=on_event))
     from cluster.workers import Shape, on_workers
 
+    if isinstance(task, AssignFile | Generate):
+        task.check()  # before workers are started
     return on_workers(task, Shape(workers, replicas, ray, device or "auto"), progress, on_event)
 
 

@@ -24,7 +24,7 @@ from distot.again import GOALS, check_same, go_on
 from distot.api import check_workers, load, solve
 from distot.atoms import Rows
 from distot.case import as_rows, source_place
-from distot.errors import InputError
+from distot.errors import InputError, StoreError
 from distot.fingerprint import fingerprint_of
 from distot.given import array
 from distot.solution import Solution
@@ -118,6 +118,9 @@ def load_classes(folder: str | Place, *, source: object = None) -> Classes:
     stored = RowFile(folder / "labels.zarr")
     names, code = stored.about["labels"], stored.read("code")
     solutions = {label: load(folder / f"{_file(label)}.run.zarr", source=source) for label in names}
+    for number, label in enumerate(names):
+        if solutions[label].facts.shape[0] != np.count_nonzero(code == number):
+            raise StoreError(f"{folder / 'labels.zarr'} is not of the runs beside it: class {label} has other latents")
     weight = stored.vector("mass") if "mass" in stored.arrays else np.full(len(code), 1 / len(code))
     return _together(solutions, names, code, weight)
 

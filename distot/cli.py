@@ -46,8 +46,9 @@ from distot.inspect import describe
 from distot.plan import parse_machines, plan, table
 from distot.solution import Solution
 from distot.source import Ball, Cube, Gaussian, Sphere
-from distot.store import Place, as_place, open_latents, typed
+from distot.store import Place, as_place, check_out, open_latents, typed
 from distot.watch import Ours, together
+from distot.work import Load
 
 app = typer.Typer(
     add_completion=False,
@@ -213,7 +214,12 @@ def solve(
         "memory": memory,
         "cost": cost,
     }
-    where: dict[str, Any] = {"workers": workers, "replicas": replicas, "ray": ray, "on_event": _listener(tensorboard)}
+    where: dict[str, Any] = {
+        "workers": workers,
+        "replicas": replicas,
+        "ray": ray,
+        "on_event": _listener(tensorboard, latents, run),
+    }
     law = _source(source, latents, **shape)
     if again and run.exists():
         said = said_in(context)
@@ -255,7 +261,7 @@ def resume(
         workers=workers,
         replicas=replicas,
         ray=ray,
-        on_event=_listener(tensorboard),
+        on_event=_listener(tensorboard, *Load(run, latents=latents).reads()),
     )
     return _finish(solution, run, as_json)
 
@@ -381,8 +387,10 @@ def write_report(
     return 0
 
 
-def _listener(tensorboard: Path | None) -> Callable[[dict[str, Any]], None]:
+def _listener(tensorboard: Path | None, *reads: object) -> Callable[[dict[str, Any]], None]:
     """What hears the events of a run: standard error, and the files of TensorBoard if they are wanted."""
+    if tensorboard is not None:
+        check_out(tensorboard, *reads, goes_on=True)
     writer = None if tensorboard is None else Ours("TensorBoard", distot.live.TensorBoard(tensorboard))
     return together(Ours("standard error", speak), writer)
 

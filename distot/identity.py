@@ -60,7 +60,7 @@ def check_source(given: Source, spec: dict[str, Any], arrays: dict[str, NDArray[
     Of a callable its name is compared, and what it draws if that was stored.
     """
     described, values = given.spec()
-    found = json.loads(json.dumps(described))
+    found, spec = _plain(json.loads(json.dumps(described))), _plain(spec)
     for name in sorted(found.keys() | spec.keys()):
         if found.get(name) != spec.get(name):
             raise InputError(
@@ -70,10 +70,17 @@ def check_source(given: Source, spec: dict[str, Any], arrays: dict[str, NDArray[
     for name, stored in arrays.items():
         mine = np.asarray(values[name]) if name in values else np.empty(0)
         if not _same(mine, stored, exact=not name.endswith("drawn")):
+            part = "what it draws" if name.endswith("drawn") else f"its {name}"
             raise InputError(
-                f"{where} draws from another source of the kind {spec['kind']!r} (its {name} differ); give that one, or "
-                "begin anew under another name"
+                f"{where} draws from another source of the kind {spec['kind']!r}: {part} is not the same; give that "
+                "one, or begin anew under another name"
             )
+
+
+def _plain(spec: dict[str, Any]) -> dict[str, Any]:
+    """A description in which callables have their own names alone, wherever they were defined."""
+    parts = {name: _plain(value) if isinstance(value, dict) else value for name, value in spec.items()}
+    return parts | {"name": str(parts["name"]).rpartition(".")[2]} if spec.get("kind") == "sampler" else parts
 
 
 def _same(mine: NDArray[Any], stored: NDArray[Any], exact: bool) -> bool:

@@ -70,8 +70,12 @@ class AssignFile(Opened):
     samples: Place | NDArray[Any] = field(kw_only=True)
     out: Place = field(kw_only=True)
 
-    def __call__(self, room: Room) -> int:
+    def check(self) -> None:
+        """Raises InputError or StoreError if nothing may be written there."""
         check_out(self.out, *self.reads(), self.samples, goes_on=self.out.suffix != ".npy")
+
+    def __call__(self, room: Room) -> int:
+        self.check()
         rows = _samples(self.samples)
         solution = Load(self.run, self.source, self.latents, self.changes)(room)
         if rows.shape[0] < 1 or rows.shape[1] != solution.facts.shape[1]:
@@ -145,8 +149,12 @@ class Generate(Opened):
     mixing: Mixing = field(kw_only=True)
     seed: int | None = field(kw_only=True)
 
-    def __call__(self, room: Room) -> Made:
+    def check(self) -> None:
+        """Raises InputError if nothing may be written there."""
         check_out(self.out, *self.reads(), goes_on=True)
+
+    def __call__(self, room: Room) -> Made:
+        self.check()
         folder = Run(self.run)
         case, remarks, found = self.begun(folder, room)
         solution, problem, world = case.solution(found, remarks), case.problem, room.grid.world

@@ -71,7 +71,7 @@ def code_of(words: list[object]) -> Any:
     ("words", "message"),
     [
         (["--source", "ball"], "its kind is 'gaussian', and not 'ball'"),
-        (["--mean", "M"], r"another source of the kind 'gaussian' \(its mean differ"),
+        (["--mean", "M"], "another source of the kind 'gaussian': its mean is not the same"),
         (["--seed", "1"], "begun with seed = 0, and not 1"),
         (["--assigner", "dense"], "begun with assigner = 'auto'"),
         (["--epsilon", "0.1"], "begun with epsilon = None"),
@@ -173,7 +173,7 @@ def test_a_callable_of_the_same_name_that_draws_something_else(place: Path) -> N
         return wide(random, n)
 
     other.__qualname__ = "normal"
-    with pytest.raises(InputError, match="drawn differ"):
+    with pytest.raises(InputError, match="what it draws is not the same"):
         distot.load(run, source=other)
 
 
