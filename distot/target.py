@@ -143,7 +143,9 @@ def check_mass(mass: Any, n: int, span: slice | None = None, axis: Axis | None =
     nu = m / largest / total
     none = (nu < NOTHING) & (m > 0)
     if few := int(axis.total(int(none.sum()))):
-        notes.append(f"{few:,} of {n:,} latents have less than {NOTHING:g} of all mass and are left out like those of none")
+        notes.append(
+            f"{few:,} of {n:,} latents have less than {NOTHING:g} of all mass and are left out like those of none"
+        )
     return np.where(none, 0.0, nu), notes
 
 
@@ -189,7 +191,8 @@ def build_target(
     split = Split(tuple(axis.objects(len(original))), axis)
     joined = _followers(leader, span, axis) - repeated
     if split.n < 2:
-        raise InputError("all latents of positive mass are the same point; there is nothing to transport apart")
+        light = next((f"; {note}" for note in notes if "have less than" in note), "")
+        raise InputError(f"all latents of positive mass are the same point; there is nothing to transport apart{light}")
     if repeated:
         notes.append(f"{repeated:,} latents repeat another one; each group is one atom with the sum of its masses")
     if joined:

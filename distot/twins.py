@@ -27,9 +27,9 @@ Codes = NDArray[np.uint64]
 COMPARED = 1 << 26  # numbers of rows that are compared at once
 TABLES = 3  # hashes of a row; twins are found if one of them is the same
 DIRECTIONS = 12  # projections that a hash is made of, at most
-CELL = 16.0  # width of a cell of a hash, in units of the reach
+CELL, WIDE = 16.0, 128.0  # width of a cell of a hash, in units of the reach: for groups; for rows that become one
 ROUNDS = 24  # of heads that a cell may have; what is left is a crowd
-TELLS = 4 * 2.0**-23  # leaves some 16 steps of float32 for the masses of two atoms to be balanced by, see ``reach``
+TELLS = 2 * 2.0**-23  # leaves some 16 steps of float32 for the masses of two atoms to be balanced by, see ``reach``
 ISOLATED = 8.0  # a group reaches no further than this part of the distance between atoms
 FINER = 8.0  # groups are looked for at lengths that fall by this factor
 CLEAR = 4.0  # no other row lies within so many lengths of a group
@@ -141,7 +141,7 @@ def merged(every: Atoms, leader: Index, total: int, typical: float, first: int, 
     near = reach(every.shape[1], total, typical)
     for table in range(TABLES):
         its = np.flatnonzero(leader == own)
-        code = _codes(every, its, near, table)
+        code = _codes(every, its, near, table, WIDE)
         leader[its] = meeting(every, its, code, first, axis, partial(_heads, reach=near))
     ends = np.cumsum(axis.objects(len(leader)))[:-1]
     for _ in range(TABLES):  # a row that was joined to another one may have stood for some
@@ -161,7 +161,7 @@ def grouped(atoms: Atoms, typical: float, split: Split) -> Twins | None:
     while length > min(least, top / 2):
         for table in range(TABLES):
             its, near = np.flatnonzero(~_taken(leader, split)), partial(np.full_like, fill_value=length)
-            code = _codes(atoms, its, near, table)
+            code = _codes(atoms, its, near, table, CELL)
             leader[its] = meeting(atoms, its, code, first, axis, partial(_heads, reach=near, most=MOST))
         length /= FINER
     heads, group = torch.unique(split.gather(torch.from_numpy(leader)), return_inverse=True)
@@ -190,8 +190,8 @@ def rows(atoms: Atoms, number: Tensor, split: Split) -> Tensor:
     return split.axis.sum(found)
 
 
-def _codes(every: Atoms, its: Index, reach: Reach, table: int) -> Codes:
-    """Hashes (m,) of own rows ``its``: those of the cell of a grid in which their projections lie."""
+def _codes(every: Atoms, its: Index, reach: Reach, table: int, width: float) -> Codes:
+    """Hashes (m,) of own rows ``its``: those of the cell of a grid in which their projections lie, of this ``width``."""
     generator = np.random.Generator(np.random.Philox(np.random.SeedSequence(0, spawn_key=(table,))))
     dim = every.shape[1]
     axes = np.linalg.qr(generator.standard_normal((dim, min(dim, DIRECTIONS))))[0]
@@ -205,7 +205,7 @@ def _codes(every: Atoms, its: Index, reach: Reach, table: int) -> Codes:
             continue
         y = tile.double().cpu().numpy()
         band = np.exp2(np.floor(np.log2(reach(np.sqrt((y**2).sum(axis=1))))))  # cells of a few sizes
-        place = np.floor((y @ axes) / (CELL * band[:, None]) + shift).clip(-(2.0**62), 2.0**62)
+        place = np.floor((y @ axes) / (width * band[:, None]) + shift).clip(-(2.0**62), 2.0**62)
         cell = np.concatenate([place.astype(np.int64), np.log2(band).astype(np.int64)[:, None]], axis=1)
         mixed = cell.view(np.uint64) * odd
         mixed ^= mixed >> np.uint64(29)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from distot._native import available, quick
-from distot.assign import NAMES, Assigner, Exact, Winners, build, native
+from distot.assign import NAMES, Assigner, Exact, Winners, build, native, over
 from distot.assign.auto import Auto
 from distot.assign.likely import Likely
 from distot.assign.lists import Lists
@@ -21,6 +22,8 @@ from distot.assign.narrow import _narrow as narrow_rows
 from distot.assign.native import Native, logsumexp
 from distot.errors import InputError
 from distot.orbit import Orbit, Orbits, Symmetry
+from distot.problem import build_problem
+from distot.source import Stream
 
 
 def scores(x: Tensor, atoms: Tensor, heights: Tensor) -> Tensor:
@@ -415,6 +418,22 @@ class TestAuto(Contract):
         for _ in range(5):
             search(x, -0.5 * atoms.square().sum(1), 2)
         assert search.name == "native"
+
+    @pytest.mark.parametrize(("n", "name"), [(30_000, "native"), (400_000, "lists")])
+    def test_for_orbits_it_chooses_once_whatever_was_searched_before(self, n: int, name: str) -> None:
+        """So a run that goes on, or a certificate, finds the same winners with the same scores, bit for bit."""
+        whole = build_problem(np.random.default_rng(0).standard_normal((n, 2)), device="cpu")
+        atoms = whole.target.atoms[:]
+        heights, x = -0.5 * atoms.square().sum(1), next(iter(whole.batch(Stream.STEP, 0, 2000)))[1]
+        fresh, used = over(whole, "auto"), over(whole, "auto")
+        for _ in range(4):  # plain samples, from which lists learn
+            used(torch.randn(300, 2), heights - 1, 2)
+        first, later = fresh(x, heights, 2), used(x, heights, 2)
+        again = fresh(x, heights, 2)
+        assert fresh.name == used.name == name
+        for other in (later, again):
+            assert torch.equal(first.index, other.index)
+            assert torch.equal(first.score, other.score)
 
     def test_only_with_a_recall_may_it_miss(self) -> None:
         atoms = torch.randn(5000, 8)

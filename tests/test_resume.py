@@ -270,3 +270,34 @@ def test_a_checkpoint_that_goes_while_it_is_read_is_said_to_have_gone(tmp_path: 
             saved.read("heights", slice(0, 50))
         with pytest.raises(Dropped, match="deleted while it was read"):
             list(saved.parts("pairs"))
+
+
+@pytest.mark.filterwarnings("ignore::distot.DistotWarning")
+@pytest.mark.parametrize(("assigner", "twins"), [("auto", 0), ("auto", 1500), ("lists", 0)])
+def test_so_many_latents_that_searches_are_chosen_between(tmp_path: Path, assigner: str, twins: int) -> None:
+    """The default search, stopped again and again at any moment, in the start, in steps and in looks."""
+    y = np.random.default_rng(3).standard_normal((4500, 3)) * [2, 1, 0.5]
+    y[len(y) - twins :] = y[:twins] + 1e-3
+    options: dict[str, Any] = {"assigner": assigner, "until_chi2": None, "max_samples": 40_000, "progress": False}
+    whole = distot.solve(y, run=tmp_path / "whole.zarr", **options)
+    chance, run, stopped = np.random.default_rng(4), tmp_path / "stopped.zarr", 0
+
+    def stop(event: dict[str, Any]) -> None:
+        if event["event"] in ("begin", "resume", "start", "step", "check") and chance.random() < 0.08:
+            signal.raise_signal(signal.SIGINT)
+
+    while True:
+        try:
+            if run.exists():
+                found = distot.resume(run, progress=False, on_event=stop)
+            else:
+                found = distot.solve(y, run=run, **options, on_event=stop)
+            break
+        except distot.Interrupted:
+            stopped += 1
+    assert stopped > 3
+    assert_equal(run, tmp_path / "whole.zarr")
+    assert np.array_equal(found.heights, whole.heights)
+    groups = whole.problem.target.twins
+    assert (groups is not None and int((groups.width > 0).sum()) > 1000) == (twins > 0)
+    assert distot.certify(run).certificate == whole.certificate

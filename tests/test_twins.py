@@ -36,7 +36,7 @@ def target(y: NDArray[Any], **options: Any) -> Any:
 @pytest.mark.parametrize("d", [2, 16, 384])
 class TestFound:
     def test_what_float32_does_not_tell_apart_is_one_atom(self, d: int) -> None:
-        y = with_twins(1000, d, 200, 1e-5)
+        y = with_twins(1000, d, 200, 4e-6)
         mass = np.random.default_rng(2).random(1000) + 0.5
         found = target(y, mass=mass)
         assert found.n == 800
@@ -120,15 +120,6 @@ class TestSolved:
         assert (index >= 200).sum() / (index < 100).sum() == pytest.approx(3, rel=0.1)
         assert solution.assign(y).max() < 200  # it gives the first one
 
-    @pytest.mark.filterwarnings("ignore::distot.DistotWarning")
-    def test_resumed_bit_for_bit(self, tmp_path: Path) -> None:
-        y = with_twins(600, 3, 150, 1e-3)
-        whole = distot.solve(y, until_chi2=None, max_samples=40_000, progress=False)
-        distot.solve(y, until_chi2=None, max_samples=15_000, run=tmp_path / "r.zarr", progress=False)
-        gone_on = distot.resume(tmp_path / "r.zarr", max_samples=40_000, progress=False)
-        assert whole.problem.target.twins is not None
-        assert gone_on.samples == whole.samples or gone_on.certificate.chi2 < 2 * whole.certificate.chi2
-
     def test_warm_start_keeps_twins_together(self) -> None:
         """Heights that say nothing of twins leave none of them out."""
         y = with_twins(600, 8, 150, 1e-3)
@@ -163,10 +154,12 @@ class TestRefused:
             distot.solve(cloud(50, 3), source, progress=False)
 
     @pytest.mark.filterwarnings("ignore::distot.DistotWarning")
-    @pytest.mark.parametrize("mass", [1e10, 1e300])
-    def test_a_mass_that_leaves_nothing_to_the_others(self, mass: float) -> None:
+    def test_a_mass_that_leaves_little_to_the_others(self) -> None:
         weights = np.ones(50)
-        weights[7] = mass
+        weights[7] = 1e300
+        with pytest.raises(InputError, match="have less than 1e-18 of all mass"):
+            distot.solve(cloud(50, 3), mass=weights, progress=False)
+        weights[7] = 1e10
         assert np.isfinite(distot.solve(cloud(50, 3), mass=weights, max_samples=20_000, progress=False).heights).all()
 
     def test_a_goal_below_what_a_few_samples_allow(self) -> None:

@@ -16,7 +16,7 @@ from distot.errors import InputError
 from distot.orbit import Orbits
 from distot.power import Cost, Quadratic
 from distot.problem import Problem
-from distot.source import Stream
+from distot.source import Key, Stream
 
 QUADRATIC = Quadratic()
 UNIT = 2.0**-24  # relative error of rounding to float32
@@ -93,14 +93,19 @@ def check(name: str, recall: float | None) -> None:
 
 
 def build(
-    name: str, atoms: Tensor, recall: float | None = None, among: int | None = None, products: bool = False
+    name: str,
+    atoms: Tensor,
+    recall: float | None = None,
+    among: int | None = None,
+    products: bool = False,
+    trial: Callable[[int], tuple[Tensor | Orbits, Tensor]] | None = None,
 ) -> Assigner:
     """The assigner ``name`` over atoms (n, d) float32.
 
     "native": our own kernels on the CPU. "lists": visits only those groups of atoms where the winner may be, exactly or
     with the recall asked for, on the CPU. "triton": our own kernel on an NVIDIA GPU. "dense": tiled torch, any device.
     "faiss": FAISS, a flat index on the CPU, brute force on a GPU. "auto": the fastest by trial. among: how many atoms
-    there are in all, if these are a share of them. products: scores are e^h <x, y> instead of <x, y> + h; "auto" is the
+    there are in all, if these are a share of them. trial: see ``auto.Trial``. products: scores are e^h <x, y> instead of <x, y> + h; "auto" is the
     plain search then.
     Raises InputError as ``check`` does, or for a CPU search of atoms on a GPU, or of products by lists.
     """
@@ -139,7 +144,7 @@ def build(
             return GpuFaiss(atoms) if atoms.is_cuda else Faiss(atoms)
     from distot.assign.auto import Auto
 
-    return Auto(atoms, recall, among)
+    return Auto(atoms, recall, among, trial)
 
 
 def over(problem: Problem, name: str, recall: float | None = None) -> Assigner:
@@ -154,13 +159,26 @@ def over(problem: Problem, name: str, recall: float | None = None) -> Assigner:
         own = Tiled(target.atoms, name, products=problem.cost.spherical) if target.split.count else None
     elif target.split.count:
         among = None if axis.size == 1 else target.n
-        own = build(name, target.atoms.whole, recall, among, problem.cost.spherical)
+        own = build(name, target.atoms.whole, recall, among, problem.cost.spherical, _trial_of(problem))
     if axis.size == 1:
         assert own is not None
         return scored(own, problem.cost)
     from distot.assign.sharded import Sharded
 
     return scored(Sharded(own, target.split), problem.cost)
+
+
+def _trial_of(problem: Problem) -> Callable[[int], tuple[Tensor | Orbits, Tensor]] | None:
+    """What ``auto`` makes its choice for orbits by: samples of a stream of their own, and heights of Voronoi cells."""
+    basis, whole = problem.basis, problem.target.atoms.whole
+    if basis is None or whole is None:
+        return None
+
+    def trial(count: int) -> tuple[Tensor | Orbits, Tensor]:
+        z = problem.source.centred(Key(problem.seed, Stream.MOMENTS, 1, 0), problem.draws(count))
+        return problem.orbit.of(z, basis), -0.5 * whole.double().square().sum(dim=1)
+
+    return trial
 
 
 def scored(assigner: Assigner, cost: Cost) -> Assigner:

@@ -28,6 +28,7 @@ LISTS = 4.0  # times the root of n
 SCALES = 2.0 ** torch.arange(-4, 4, dtype=torch.float64)  # tried for s
 JUDGES = 256  # samples that choose among them
 LEARN = 64  # samples that are searched exhaustively first, at least
+BEGIN = 4096  # of those, at most in one call
 ROUNDING = 2.0**-22  # relative error of a product of float32
 FIRST = 1e-5  # a sample visits the lists whose bound is this close to the largest first
 
@@ -46,15 +47,22 @@ class Bounds:
 class Lists(Exact):
     """The winners of the first samples, searched exhaustively, teach where lists win; later ones are learned from, too.
 
+    Winners and scores are those of the plain search of the samples one by one, bit for bit, whatever was learned: of
+    orbits too, whose scores are rounded otherwise where they are searched as such.
+
     ``plain``: an exhaustive search to share. ``scored``: scores computed so far, in units of n.
     """
 
     name = "lists"
 
-    def __init__(self, atoms: Tensor, plain: Native | None = None) -> None:
-        self.groups = Groups(atoms, round(LISTS * len(atoms) ** 0.5), plain)
+    def __init__(self, atoms: Tensor, plain: Native | None = None, groups: Groups | None = None) -> None:
+        self.groups = groups or Groups(atoms, round(LISTS * len(atoms) ** 0.5), plain)
         self.won, self.seen, self.fitted = Won(self.groups), 0, 0  # fitted: samples seen when the bounds were made
         self.bounds: Bounds | None = None  # replaced as a whole, as other threads may search, too
+
+    def anew(self) -> Lists:
+        """The same lists, with nothing learned yet."""
+        return Lists(self.groups.atoms, groups=self.groups)
 
     @property
     def density(self) -> float:
@@ -66,13 +74,19 @@ class Lists(Exact):
         return self.groups.scored
 
     def __call__(self, x: Tensor | Orbits, heights: Tensor, k: int = 2) -> Winners:
+        samples = points(x)
+        if self.bounds is not None or len(samples) <= BEGIN:
+            return self._searched(samples, heights, k)
+        parts = [self._searched(part, heights, k) for part in (samples[:BEGIN], samples[BEGIN:])]
+        return Winners(torch.cat([its.index for its in parts]), torch.cat([its.score for its in parts]))
+
+    def _searched(self, x: Tensor, heights: Tensor, k: int) -> Winners:
         bounds = self.bounds
         if len(x) == 0 or bounds is None:
-            near = self.groups.plain(x, heights, k)
-            self.groups.scored += len(x)
+            near = self.groups.everywhere(x, heights, k)
         else:
-            near = self._visit(bounds, points(x), heights, k)
-        z = points(x) @ self.groups.axes
+            near = self._visit(bounds, x, heights, k)
+        z = x @ self.groups.axes
         self.won.add(z, near.index[:, 0])
         self.seen += len(z)
         if self.seen >= max(2 * self.fitted, LEARN):
