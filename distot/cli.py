@@ -39,7 +39,7 @@ from distot.arguments import (
     parse_goal,
     said_in,
 )
-from distot.console import err, execute, out, print_json, report, say, speak
+from distot.console import answer, err, execute, out, print_json, report, say, speak
 from distot.errors import DistotWarning, InputError
 from distot.ingest import ingest as ingest_store
 from distot.inspect import describe
@@ -383,7 +383,7 @@ def write_report(
     Example: distot report run.zarr -o report.html
     """
     page = distot.report(run, out, samples=samples, detail=detail, decoder=decoder, latents=latents, device=device)
-    print(f"{page}: open it in a browser; it needs no other file and no network")
+    answer(f"{page}: open it in a browser; it needs no other file and no network")
     return 0
 
 

@@ -185,5 +185,10 @@ def labelled(label: str, style: str, text: str) -> Text:
     return Text.assemble((label, style), f": {text}")
 
 
+def answer(text: str) -> None:
+    """A line of what a command has found."""
+    out.print(text, soft_wrap=True)
+
+
 def print_json(value: dict[str, Any]) -> None:
     print(json.dumps(value))

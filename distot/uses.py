@@ -11,7 +11,7 @@ import typer
 
 import distot
 from distot.arguments import Device, Json, Moved, RayAddress, Replicas, RunPath, Workers, parse_count
-from distot.console import err, print_json, say
+from distot.console import answer, err, print_json, say
 from distot.outputs import notes_on
 from distot.store import as_place, check_out, save_npy
 from distot.work import Load
@@ -42,7 +42,7 @@ def assign(
     )
     for note in notes_on(samples):
         say("note", "yellow", note)
-    print(f"{out}: the latents of {count:,} samples")
+    answer(f"{out}: the latents of {count:,} samples")
     return 0
 
 
@@ -92,8 +92,8 @@ def generate(
         print_json({"path": str(out)} | asdict(made))
         return 0
     became = "gave latents themselves" if balance else "were refused"
-    print(f"{out}: {made.samples:,} new latents, in the array z; largest angle mixed {made.threshold:.3g}")
-    print(f"{made.singular:,} of {made.drawn:,} samples of noise had no neighbour to mix with and {became}")
+    answer(f"{out}: {made.samples:,} new latents, in the array z; largest angle mixed {made.threshold:.3g}")
+    answer(f"{made.singular:,} of {made.drawn:,} samples of noise had no neighbour to mix with and {became}")
     return 0
 
 
@@ -114,7 +114,7 @@ def export(
     check_out(out, *Load(run, latents=latents).reads())
     solution = distot.load(run, latents=latents)
     save_npy(out, solution.heights if convention == "heights" else solution.weights)
-    print(f"{out}: {solution.facts.shape[0]:,} numbers")
+    answer(f"{out}: {solution.facts.shape[0]:,} numbers")
     return 0
 
 
@@ -148,6 +148,6 @@ def pairs(
             solution, out, samples, seed=seed, epoch=epoch, orbits=not independent, balanced=balance, on_rows=tell
         )
     if found is not None:
-        print(found)
-    print(f"{out}: complete; use it as distot.PairFile({str(out)!r}, latents)")
+        answer(str(found))
+    answer(f"{out}: complete; use it as distot.PairFile({str(out)!r}, latents)")
     return 0

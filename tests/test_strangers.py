@@ -644,6 +644,9 @@ UNUSUAL_3: list[dict[str, Any]] = [
     {"storage_transformers": [{"name": "somebody's"}]},
     {"shape": [20, -3]},
     {"shape": [2**70, 3]},
+    {"chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [0, 3]}}},
+    {"chunk_grid": {"name": "regular", "configuration": {"chunk_shape": False}}},
+    {"chunk_grid": "regular"},
 ]
 
 

@@ -109,7 +109,10 @@ def _wrong(about: dict[str, Any]) -> str | None:
         return f"values of type {_short(kind)}"
     if about.get("storage_transformers"):
         return "storage transformers"
-    return _wrong_shape(about.get("shape")) or _wrong_codecs(about.get("codecs"))
+    grid = about.get("chunk_grid")
+    more = grid.get("configuration") if isinstance(grid, dict) else None
+    chunks = more.get("chunk_shape") if isinstance(more, dict) else None
+    return _wrong_shape(about.get("shape"), chunks) or _wrong_codecs(about.get("codecs"))
 
 
 def _wrong_codecs(codecs: Any) -> str | None:
@@ -140,12 +143,16 @@ def _wrong_2(about: dict[str, Any]) -> str | None:
         name = codec.get("id") if isinstance(codec, dict) else codec
         if not isinstance(name, str) or name not in CODECS_2 or not _harmless(codec):
             return f"the codec {_short(name)}"
-    return _wrong_shape(about.get("shape"))
+    return _wrong_shape(about.get("shape"), about.get("chunks"))
 
 
-def _wrong_shape(shape: Any) -> str | None:
-    sound = isinstance(shape, list) and all(type(n) is int and 0 <= n < 2**63 for n in shape)
-    return None if sound else f"the shape {_short(shape)}"
+def _wrong_shape(shape: Any, chunks: Any) -> str | None:
+    for what, its in (("shape", shape), ("chunks", chunks)):
+        if not (isinstance(its, list) and all(type(n) is int and 0 <= n < 2**63 for n in its)):
+            return f"the {what} {_short(its)}"
+    if len(shape) != len(chunks) or any(n and not step for n, step in zip(shape, chunks, strict=True)):
+        return f"the shape {_short(shape)} in chunks {_short(chunks)}"
+    return None
 
 
 def _harmless(configuration: Any) -> bool:
