@@ -5,6 +5,7 @@ Legend: n atoms, d dimension. The loop knows nothing of files or terminals; ``Wa
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -25,13 +26,14 @@ from distot.grid import Axis
 from distot.optim import State
 from distot.problem import Problem
 from distot.schedule import Check, Options, StopRule
-from distot.source import BLOCK, Stream
+from distot.source import Stream
 from distot.store import Checkpoint, Part
 from distot.watch import Stop, Watch
 
 SCALARS = ("drawn", "margin", "damping", "floor", "error", "step", "time", "since", "samples", "twin_damping")
 LATE = 2.0  # chi2 over the share of winners that the search may miss, from which on steps are exact
 NOISE = 3.0  # errors by which the average must be worse than the newest heights to begin anew
+LEAST_CERTIFIED = 256  # samples of a certificate, if there is no time for more
 RESERVE = 0.2  # at most this share of max_seconds is kept for the certificate
 FINISH = 0.5  # this share of max_seconds is kept for Newton's method, if masses are to be exact
 
@@ -261,15 +263,26 @@ def certificate_seconds(options: Options, n: int, seconds_per_sample: float) -> 
 
 
 def conclude(problem: Problem, assigner: Assigner, options: Options, progress: Progress, watch: Watch) -> Certificate:
-    """The certificate of the average; smaller than asked if that is what the deadline leaves time for."""
+    """The certificate of the average; smaller than asked if that is what the deadline leaves time for.
+
+    Raises Stop after a signal.
+    """
+    heights, heed = progress.state.average, partial(watch.poll, -math.inf)
     samples = options.certificate_samples or default_samples(problem.target.n)
-    if watch.deadline is not None and watch.seconds_per_sample:
-        affordable = int((watch.deadline - time.monotonic()) / watch.seconds_per_sample)
-        samples = max(min(samples, BLOCK), min(samples, affordable))
+    if watch.deadline is not None:
+        pace = watch.seconds_per_sample or _pace(problem, assigner, heights, heed)
+        affordable = int((watch.deadline - time.monotonic()) / pace)
+        samples = max(min(samples, LEAST_CERTIFIED), min(samples, affordable))
     samples = problem.grid.world.objects(samples)[0]
     watch.tell("certify", samples=samples)
-    soft = entropic_part(problem, options)
-    return certify(problem, assigner, progress.state.average, samples, soft=soft)
+    return certify(problem, assigner, heights, samples, soft=entropic_part(problem, options), poll=heed)
+
+
+def _pace(problem: Problem, assigner: Assigner, heights: Tensor, poll: Callable[[], None]) -> float:
+    """Seconds that a sample takes, where no step has told."""
+    began, count = time.monotonic(), 2 * problem.orbit.size
+    cell_masses(problem, assigner.exact, heights, None, count, Stream.CERTIFY, 0, poll)
+    return (time.monotonic() - began) / count
 
 
 def entropic_part(problem: Problem, options: Options) -> Soft | None:

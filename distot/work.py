@@ -6,6 +6,7 @@ have written. Legend: N latents, d dimension, B samples.
 
 from __future__ import annotations
 
+import math
 import signal
 import warnings
 from dataclasses import dataclass, field, replace
@@ -39,7 +40,7 @@ from distot.store import (
     referred,
     typed,
 )
-from distot.watch import Watch, signals
+from distot.watch import Stop, Watch, signals
 
 
 class Task(Protocol):
@@ -269,9 +270,12 @@ def _drive(case: Case, progress: Progress | None, remarks: tuple[str, ...], room
             solution = case.solution(progress, remarks)
             watch.tell("grid", **problem.grid.report())
             watch.tell("stop", reason=progress.reason, text=solution.explanation, samples=progress.state.samples)
-            if watch.signal is not None:
-                raise Interrupted(_farewell(run, watch.signal), solution, watch.signal)
-            certificate = solver.conclude(problem, assigner, options, progress, watch)
+            try:
+                watch.poll(-math.inf)
+                certificate = solver.conclude(problem, assigner, options, progress, watch)
+            except Stop as stop:
+                assert watch.signal is not None
+                raise Interrupted(_farewell(run, watch.signal), solution, watch.signal) from stop
             case.keep(certificate, progress)
             watch.tell("certificate", **certificate.to_dict())
             if certificate.truncation > 0.01:

@@ -66,6 +66,24 @@ class TestGoalAndBudgets:
         assert ticks[-1] < 1.5
         assert solution.certificate.samples >= 4096
 
+    def test_seconds_that_are_over_in_the_start(self) -> None:
+        """No rate is known then, and the certificate is small."""
+        solution = quiet(np.random.default_rng(0).standard_normal((3000, 8)), max_seconds=1e-3)
+        assert solution.reason == "max_seconds"
+        assert solution.certificate.samples <= 512
+
+    def test_a_signal_in_the_certificate_is_heard(self, tmp_path: Any) -> None:
+        def stop(event: dict[str, Any]) -> None:
+            if event["event"] == "certify":
+                signal.raise_signal(signal.SIGTERM)
+
+        with pytest.raises(distot.Interrupted, match="stopped by SIGTERM; everything is saved") as stopped:
+            quiet(CLOUD, until_chi2=0.3, run=tmp_path / "run.zarr", on_event=stop)
+        assert stopped.value.solution.kept is None
+        found = distot.resume(tmp_path / "run.zarr", progress=False)
+        assert found.reason == "until_chi2"
+        assert found.certificate == quiet(CLOUD, until_chi2=0.3).certificate
+
     def test_goal_holds_in_repeated_runs(self) -> None:
         """The stop rule is honest: at least 18 of 20 runs are below their goal in truth."""
         y = RNG.standard_normal((100, 4))
