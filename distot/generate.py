@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass
 from functools import cached_property
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -97,6 +98,8 @@ class Generator:
         n = problem.target.n
         if mixing.k is not None and mixing.k > n:
             raise InputError(f"k is {mixing.k}, and there are only {n:,} different latents; take fewer")
+        if not 0 <= seed < 2**63:
+            raise InputError(f"seed must be between 0 and 2^63 - 1, it is {seed}")
         self.k = min(DEFAULT_K, n) if mixing.k is None else mixing.k
         self.problem, self.assigner, self.heights = problem, assigner.exact, heights
         self.mixing, self.seed = mixing, seed
@@ -197,6 +200,11 @@ class Generator:
         length = (square + 1).sqrt()
         angle = ((inner + 1) / (length * length[:, :1])).clamp(-1, 1).arccos()
         return Neighbours(index, own, angle, distance.sqrt(), seen > 0)
+
+    def __reduce__(self) -> NoReturn:
+        raise InputError(
+            "a generator is for this process alone; hand on the solution, and call its .generator(mixing, seed) there"
+        )
 
     def _key(self, step: int, number: int) -> Key:
         return Key(self.seed, Stream.GENERATE, step, number)

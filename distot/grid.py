@@ -19,6 +19,8 @@ from torch import Tensor
 
 from distot.errors import InputError
 
+MOST_WORKERS = 100_000
+
 # the newer name, where torch has it
 gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -213,7 +215,9 @@ class Grid:
 
 
 def check(workers: int, replicas: int) -> tuple[int, int]:
-    """Shape (target, sample) of a grid. Raises InputError if ``replicas`` does not divide ``workers``."""
+    """Shape (target, sample) of a grid. Raises InputError for too many, or if ``replicas`` does not divide ``workers``."""
+    if workers > MOST_WORKERS:
+        raise InputError(f"{workers:,} workers are more than distot is made for; give {MOST_WORKERS:,} at most")
     if workers < 1 or replicas < 1 or workers % replicas:
         raise InputError(
             f"{workers} workers cannot hold {replicas} replicas of the latents; give workers as a multiple of replicas"

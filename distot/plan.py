@@ -6,15 +6,18 @@ which rates were measured. Legend: N latents, d dimension, T x S processes along
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
 from distot import optim, schedule, tree
 from distot.certify import default_samples
 from distot.errors import InputError
+from distot.grid import MOST_WORKERS
 from distot.orbit import Orbit
 from distot.problem import SEARCH_FLOPS, SEARCH_NUMBERS
 
+LEAST = 1e-6  # goals below are reached by no sampling
 EFFICIENCY = 0.9  # of a sample of work 1, math (11); what the stop rule counts on
 VECTORS = 14  # float64 vectors of all atoms that a process holds at once while it solves for a step
 OWN = 10  # float64 vectors of own atoms
@@ -84,7 +87,7 @@ class Plan:
 def parse_machines(text: str) -> tuple[int, Machine]:
     """ "8x H200" or "4xcpu" -> how many, and which. Raises InputError for others."""
     found = re.fullmatch(r"\s*(\d+)\s*[x×]\s*(\w+)\s*", text)
-    if found is None or found[2].lower() not in MACHINES or int(found[1]) < 1:
+    if found is None or found[2].lower() not in MACHINES or not 1 <= int(found[1]) <= MOST_WORKERS:
         raise InputError(f"{text!r} names no machines; write a number and one of {', '.join(MACHINES)}: 8x h200")
     return int(found[1]), MACHINES[found[2].lower()]
 
@@ -103,8 +106,8 @@ def plan(
 
     Raises InputError if the replicas do not divide the workers, or for a problem that makes no sense.
     """
-    if n < 2 or d < 1 or not goal > 0:
-        raise InputError(f"no such problem: N = {n}, d = {d}, chi2 <= {goal:g}")
+    if not (2 <= n < schedule.MOST and 1 <= d < schedule.MOST and LEAST <= goal < math.inf):
+        raise InputError(f"no such problem: N = {n}, d = {d}, chi2 <= {goal:g} (at least {LEAST:g})")
     if workers % replicas:
         raise InputError(f"{workers} workers cannot hold {replicas} replicas; give workers as a multiple of replicas")
     shards, columns = workers // replicas, replicas

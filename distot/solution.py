@@ -193,6 +193,7 @@ class Solution:
         samples = count("samples", samples)
         if samples is not None and samples < 2:
             raise InputError(f"a certificate needs at least 2 samples, chi2 is estimated from pairs; not {samples}")
+        count("seed_step", seed_step)
         if seed_step < 0:
             raise InputError(f"seed_step must be 0 or more, not {seed_step}")
         soft = entropic_part(self.problem, self.options)

@@ -14,6 +14,14 @@ from distot.given import numbers
 from distot.power import Array
 from distot.source.base import Source, Spec
 
+LARGEST = 1e150  # of a coordinate: squares of larger ones are no numbers any more
+
+
+def _check_size(what: str, values: list[Any]) -> None:
+    """Raises InputError for values that cannot be squared."""
+    if (largest := float(np.abs(values).max())) > LARGEST:
+        raise InputError(f"{what} may be {LARGEST:.0e} at most, not {largest:.3g}; measure in larger units")
+
 
 class Gaussian(Source):
     """Normal distribution. ``mean``: scalar or (d,). ``cov``: scalar, (d,) variances or (d, d) matrix."""
@@ -36,6 +44,7 @@ class Gaussian(Source):
             raise InputError(f"Gaussian: mean {m.shape} must be (d,), cov {c.shape} (d,) or (d, d)")
         if not (np.isfinite(m).all() and np.isfinite(c).all()):
             raise InputError("Gaussian: mean and cov must be finite")
+        _check_size("Gaussian: mean and standard deviations", [*np.atleast_1d(m), *np.sqrt(np.abs(c)).ravel()])
         self.mean = np.broadcast_to(m, (self.dim,)).copy()
         self.cov = c.copy()
         self._root = self._square_root()
@@ -80,6 +89,7 @@ class Cube(Source):
         super().__init__(dim)
         if not (np.isfinite([low, high]).all() and low < high):
             raise InputError(f"Cube: low {low} must be below high {high}, both finite")
+        _check_size("Cube: low and high", [low, high])
         self.low, self.high = float(low), float(high)
 
     def shaped(self, u: Tensor) -> Tensor:
@@ -111,6 +121,7 @@ class Round(Source):
             raise InputError(f"{type(self).__name__}: centre must be finite, a scalar or ({dim},), not {c.shape}")
         if not (np.isfinite(radius) and radius > 0):
             raise InputError(f"{type(self).__name__}: radius must be positive, not {radius}")
+        _check_size(f"{type(self).__name__}: radius and centre", [radius, *np.atleast_1d(c)])
         self.radius = float(radius)
         self.centre = np.broadcast_to(c, (dim,)).copy()
 
