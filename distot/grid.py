@@ -215,7 +215,8 @@ class Grid:
 
 
 def check(workers: int, replicas: int) -> tuple[int, int]:
-    """Shape (target, sample) of a grid. Raises InputError for too many, or if ``replicas`` does not divide ``workers``."""
+    """Shape (target, sample) of a grid. Raises InputError if ``replicas`` does not divide ``workers``, or these are too
+    many."""
     if workers > MOST_WORKERS:
         raise InputError(f"{workers:,} workers are more than distot is made for; give {MOST_WORKERS:,} at most")
     if workers < 1 or replicas < 1 or workers % replicas:
