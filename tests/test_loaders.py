@@ -174,6 +174,8 @@ def test_a_solution_in_memory_goes_into_other_processes(source: Any, tmp_path: P
         pickle.loads(pickle.dumps(found.slim())).save(tmp_path / "c.zarr")
     sampler = pickle.loads(pickle.dumps(distot.PlanSampler(found)))
     assert np.array_equal(sampler.sample_plan(x)[1], found.map(x))
+    with pytest.raises(InputError, match="hand on the solution"):
+        pickle.dumps(found.generator(distot.Mixing()))
 
 
 def test_a_function_without_a_name() -> None:
@@ -190,7 +192,7 @@ def test_classes_in_memory(place: Path) -> None:
     assert twin.labels == [0, 1, 2]
     assert np.array_equal(twin[1].heights, found[1].heights)
     kept = distot.solve_classes(CLOUD[:60], LABELS[:60], **OPTIONS)
-    with pytest.raises(InputError, match=r"save it \(solution.save"):
+    with pytest.raises(InputError, match=r"keep it \(solve_classes"):
         pickle.dumps(distot.ClassPairs(kept))
 
 
@@ -390,6 +392,20 @@ def test_nothing_is_left_out_without_a_need(place: Path) -> None:
     """With one rank, or if all comes out even: no warning, which is an error in these tests."""
     assert len(distot.Pairs(place / "run.zarr", 256, samples=1000)) == 4
     assert len(distot.Pairs(place / "run.zarr", 50, samples=300, rank=0, world=2)) == 3
+
+
+def test_ranks_of_a_file_that_is_being_written(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distot.store.rows.LEAST_BYTES", 8 * 8192)
+
+    def stop(done: int, total: int) -> None:
+        if done > 10_000:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        distot.write_pairs(place / "run.zarr", tmp_path / "pairs.zarr", 20_000, on_rows=stop)
+    assert len(distot.PairFile(tmp_path / "pairs.zarr", batch=8192, partial=True)) == 2
+    with pytest.warns(DistotWarning, match="ranks may find different numbers"):
+        distot.PairFile(tmp_path / "pairs.zarr", batch=4096, partial=True, rank=0, world=2)
 
 
 @pytest.mark.parametrize("more", [{"rank": 1, "world": 3}, {"drop_last": True}, {"rank": 0, "world": 2}])

@@ -94,7 +94,8 @@ class ClassPairs(Loader):
 
     def __getstate__(self) -> dict[str, Any]:
         """For workers that are not forked, as of ``Pairs``."""
-        solutions = {label: handed_on(its) for label, its in self.classes.items()}
+        saving = 'keep it (solve_classes(..., run="classes"))'
+        solutions = {label: handed_on(its, saving) for label, its in self.classes.items()}
         own = {"classes": Classes(solutions, self.classes.rows, self.classes.share), "_known": None}
         state = super().__getstate__() | own
         return {name: value for name, value in state.items() if name not in ("couplings", "shelves")}

@@ -115,12 +115,12 @@ class Pairs(Loader):
         return {name: value for name, value in state.items() if name not in ("coupling", "shelf")}
 
 
-def handed_on(solution: Solution) -> Solution:
+def handed_on(solution: Solution, saving: str = 'save it (solution.save("run.zarr"))') -> Solution:
     """What another process needs of a solution. Raises InputError if it would have to take latents from memory."""
     if solution.run is None:
         raise InputError(
-            "these pairs come from a solution in memory, which only forked workers can have; save it "
-            '(solution.save("run.zarr")) and give the path'
+            "these pairs come from a solution in memory, which only forked workers can have; "
+            f"{saving} and give the path"
         )
     return solution.slim()
 

@@ -5,6 +5,7 @@ Legend: E samples, N latents, d dimension.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 from distot.api import load
 from distot.case import as_rows
-from distot.errors import InputError, StoreError
+from distot.errors import DistotWarning, InputError, StoreError
 from distot.fingerprint import fingerprint_of
 from distot.identity import check_source
 from distot.pairs.balance import Balanced, balance, balanced_index
@@ -122,6 +123,13 @@ class PairFile(Loader):
         self._rows = None if latents is None else _checked(latents, about, str(path))
         plan = Plan(file.written, batch, about["seed"], endless=endless)
         super().__init__(plan, epoch, start, rank, world, drop_last)
+        if not file.complete and self.plan.world > 1:
+            warnings.warn(
+                f"{path} has {file.written:,} of {file.rows:,} pairs: while it is being written ranks may find "
+                "different numbers of them, and would then not have equally many batches; wait until it is complete",
+                DistotWarning,
+                stacklevel=2,
+            )
         self.shelf = None if self._rows is None else Shelf(self._rows)  # read once, before workers are forked
 
     @cached_property
