@@ -71,7 +71,7 @@ def advance(
         state = optim.update(state, tally, schedule.first_batch(n, orbit.work), mass, work, split, grid, epsilon, twins)
     if lifting:
         state = lift(problem, state, optim.starving(state, mass, split, twins), kept, LIFT_WORK * work)
-    if grid.world.any(not bool(torch.isfinite(state.heights).all())):
+    if grid.world.any(not bool(torch.isfinite(state.heights.float()).all())):
         raise Diverged(
             f"the heights are not finite any more after step {state.step}; masses or distances of the latents differ "
             "by more than arithmetic can hold: leave out the extreme ones"

@@ -42,6 +42,8 @@ from distot.store import (
 )
 from distot.watch import Stop, Watch, signals
 
+LARGEST = 1e30  # a height in the frame, where float32 still has room for scores
+
 
 class Task(Protocol):
     """Something to do with a run, in this process or, by the same call in each, in many."""
@@ -222,7 +224,11 @@ def _init(init: object, problem: Problem, options: Options, room: Room) -> NDArr
     kept = heights[target.original]
     if wrong := int(target.split.axis.total(int((~np.isfinite(kept)).sum()))):
         raise InputError(f"init holds {wrong:,} heights that are NaN or infinite")
-    return problem.frame.heights_in(kept, target.tilt)
+    found = problem.frame.heights_in(kept, target.tilt)
+    largest = float(target.split.axis.max(torch.tensor(np.abs(found).max() if len(found) else 0.0)))
+    if not largest < LARGEST:
+        raise InputError(f"init holds heights of up to {largest * problem.frame.unit:.3g}; searches in float32 cannot")
+    return found
 
 
 def _drive(case: Case, progress: Progress | None, remarks: tuple[str, ...], room: Room) -> Solution:

@@ -306,6 +306,7 @@ class TestWarmStart:
         [
             (np.zeros(299), "one height for each of the 300 latents"),
             (np.full(300, np.nan), "300 heights that are NaN"),
+            (np.full(300, -1e200), "heights of up to .*; searches in float32 cannot"),
         ],
     )
     def test_bad_heights(self, init: Any, message: str) -> None:
