@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import zarr
 from processes import LIMIT, Child, Launcher, Normal, quick_folder, wait_for
 
 import distot
@@ -520,6 +521,16 @@ def test_assign_writes_the_latent_of_each_sample(launcher: Launcher, finished: P
     ):
         assert_one_sentence(launcher.run("assign", finished, tmp_path / file, tmp_path / "no.npy"), part)
         assert not (tmp_path / "no.npy").exists()
+
+
+def test_assign_says_what_samples_from_elsewhere_lack(launcher: Launcher, finished: Path, tmp_path: Path) -> None:
+    zarr.create_array(tmp_path / "x.zarr", shape=Z.shape, dtype="f4", chunks=(50, 3))[:] = Z
+    (tmp_path / "x.zarr/c/1/0").unlink()
+    done = launcher.run("assign", finished, tmp_path / "x.zarr", tmp_path / "out.npy")
+    assert done.returncode == 0
+    assert done.stderr().startswith(f"note: 1 chunks of {tmp_path / 'x.zarr'} are not stored")
+    with pytest.warns(distot.DistotWarning, match="1 chunks of"):
+        distot.assign_file(finished, tmp_path / "x.zarr", tmp_path / "again.npy")
 
 
 def test_plan_prints_a_table_and_what_is_assumed(launcher: Launcher) -> None:
