@@ -26,6 +26,7 @@ from distot.store.places import Opened, Place, as_place, zarr_store
 
 FORMAT, VERSION = "distot-rows", 1
 LEAST_BYTES, MOST_BYTES, PIECES = 1 << 20, 64 << 20, 4096  # a shard is 1/4096 of its array, within these bounds
+KINDS = ("rows of", "kind")  # attributes that are compared first: whether the rows are of one kind at all
 # attributes that ``about`` may not have
 OWN = ("format", "version", "rows", "columns", "vectors", "written", "state", "unfinished")
 
@@ -212,6 +213,8 @@ def new_rows(
             if isinstance(folder, Path):  # where no lock can be had, nothing is left behind
                 with writer(folder):
                     pass
+    elif not (path / "zarr.json").is_file():
+        raise StoreError(f"{path} exists already and is no store of rows; delete it first, or choose another name")
     found = RowFile(path)
     _check(found, about, vectors)
     if found.complete:
@@ -260,7 +263,7 @@ def _begin(
 def _check(found: RowFile, about: dict[str, Any], vectors: Arrays) -> None:
     """Raises InputError if the rows that are there were begun as others."""
     there = found.about | {name: found.kept[name] for name in ("rows", "columns", "vectors")}
-    for name in sorted(set(about) | set(there)):
+    for name in sorted(set(about) | set(there), key=lambda its: (its not in KINDS, its)):
         if name not in there:
             raise InputError(
                 f"{found.path} does not say of which {name} its rows are, so nobody can tell whether they are these; "
