@@ -416,7 +416,6 @@ MISTAKES = [
     (["solve", "Z", "RUN", "--source", "ball", "--mean", "NPY"], "--mean is for --source gaussian alone"),
     (["solve", "Z", "RUN", "--source", "Z", "--cov", "NPY"], "--cov is for --source gaussian alone"),
     (["solve", "Z", "RUN", "--top-k", "8"], "--top-k is for the entropic problem alone"),
-    (["report", "DONE", "-o", "RUN.html", "--no-detail", "--device", "cpu"], "leave detail=False away"),
 ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import signal
 import warnings
@@ -505,4 +506,4 @@ def test_command(launcher: Launcher, plane: Path, tmp_path: Path) -> None:
     shown = launcher.run("inspect", plane).stdout()
     assert re.search(r"time spent +\d+ s in 1 session\n", shown)
     assert re.search(r"cells +not measured\n", shown)
-    assert f"distot report {plane} -o report.html\n" in shown
+    assert f"distot report {shlex.quote(str(plane))} -o report.html\n" in shown

@@ -62,8 +62,8 @@ def report(
     check_out(place, *reads, goes_on=ours)
     if samples is not None and samples < 2:
         raise InputError(f"samples must be at least 2, not {samples}")
-    if detail is False and any(given is not None for given in (samples, decoder, latents, device)):
-        raise InputError("samples, decoder, latents and device are for reading latents; leave detail=False away")
+    if detail is False and (samples is not None or decoder is not None):
+        raise InputError("samples and decoder need the latents; leave detail=False away")
     function = details.load_decoder(decoder) if isinstance(decoder, str) else decoder
     story = read(as_place(run))
     asked = detail or samples is not None or function is not None
