@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -17,6 +18,9 @@ from distot import assign
 from distot.assign import Assigner, Winners
 from distot.assign.native import Native
 from distot.orbit import Orbits, points, work
+
+if TYPE_CHECKING:
+    from distot.assign.lists import Lists
 
 LEAST = 4096  # atoms, from which lists may be worth their while
 ROUTE = 50.0  # scores that a list costs every sample, visited or not
@@ -41,14 +45,14 @@ class Auto:
     def __init__(
         self, atoms: Tensor, recall: float | None = None, among: int | None = None, trial: Trial | None = None
     ) -> None:
-        from distot.assign.likely import Likely
-        from distot.assign.lists import Lists
-
         self.rival: Assigner | None = None
         self.lists: Lists | None = None  # the rival, if its scores decide
         self.plain = assign.plain(atoms)
         self.recall, self.calls, self.trial = recall, 0, trial
         if isinstance(self.plain, Native) and (among or len(atoms)) >= LEAST:
+            from distot.assign.likely import Likely  # k-means is of FAISS, which small problems can do without
+            from distot.assign.lists import Lists
+
             if recall is None:
                 self.rival = self.lists = Lists(atoms, self.plain)
             else:
