@@ -105,8 +105,8 @@ def build(
     "native": our own kernels on the CPU. "lists": visits only those groups of atoms where the winner may be, exactly or
     with the recall asked for, on the CPU. "triton": our own kernel on an NVIDIA GPU. "dense": tiled torch, any device.
     "faiss": FAISS, a flat index on the CPU, brute force on a GPU. "auto": the fastest by trial. among: how many atoms
-    there are in all, if these are a share of them. trial: see ``auto.Trial``. products: scores are e^h <x, y> instead of <x, y> + h; "auto" is the
-    plain search then.
+    there are in all, if these are a share of them. trial: see ``auto.Trial``. products: scores are e^h <x, y> instead
+    of <x, y> + h; "auto" is the plain search then.
     Raises InputError as ``check`` does, or for a CPU search of atoms on a GPU, or of products by lists.
     """
     check(name, recall)

@@ -36,8 +36,8 @@ Trial = Callable[[int], tuple[Tensor | Orbits, Tensor]]
 class Auto:
     """On the CPU ``native`` or ``lists``; on a GPU ``dense``, as a rival would have to be chosen by the clock.
 
-    With a ``recall`` on the CPU the clock may choose, for lists that miss some depend on what they have seen anyway. The
-    choice for plain samples is looked at again in calls 1, 2, 4, ...; a rival that is clearly slower is dropped.
+    With a ``recall`` on the CPU the clock may choose, for lists that miss some depend on what they have seen anyway.
+    The choice for plain samples is looked at again in calls 1, 2, 4, ...; a rival that is clearly slower is dropped.
     ``name`` is that of the choice, ``why`` says what was measured. ``among``: how many atoms there are in all, if these
     are a share of them. trial: by which the choice for orbits is made; None: the plain search.
     """
@@ -106,7 +106,7 @@ class Auto:
         return lists if cheaper else self.plain
 
     def _counted(self, share: float, cost: float) -> tuple[bool, bool]:
-        """Whether lists that compute this share of all scores are cheaper than a search of that cost, and clearly not."""
+        """Whether lists that compute this share of all scores are cheaper than a search of that cost; clearly not."""
         assert self.lists is not None
         self.why = f"lists computed {share:.1%} of all scores, {self.plain.name} costs {cost:.1%} of them"
         return share + ROUTE * self.lists.density < ENOUGH * cost, share > USELESS * cost
