@@ -101,10 +101,6 @@ def solve(
     check_workers(workers, replicas, ray)
     if epsilon is None and top_k != Options.top_k:
         raise InputError(f"top_k={top_k} is for the entropic problem alone; give an epsilon, or leave it out")
-    if run is None and workers is None and checkpoint_seconds != Options.checkpoint_seconds:
-        raise InputError(
-            f"checkpoint_seconds={checkpoint_seconds:g} is for a run folder; give one (run), or leave it out"
-        )
     if exact and workers is not None:
         raise InputError(f"exact masses are computed in this process alone; leave workers={workers} or exact away")
     given = None if mass is None else array(mass, "mass")
