@@ -255,8 +255,8 @@ def _within_reach(problem: Problem, options: Options) -> Problem:
     goal, notes = options.until_chi2, problem.target.notes
     if points and (floor >= goal if goal is not None else points < problem.target.n):
         text = (
-            f"the source is {points:,} samples for {problem.target.n:,} latents, and each goes to one of them: chi2 stays "
-            f"above {floor:.3g} whatever the heights"
+            f"the source is {points:,} samples for {problem.target.n:,} latents, and each goes to one of them: chi2 "
+            f"stays above {floor:.3g} whatever the heights"
         )
         remedy = "give more samples, a callable that draws new ones, or a goal above that"
         if options.max_samples is None and options.max_seconds is None:

@@ -173,6 +173,8 @@ def least_chi2(problem: Problem) -> tuple[int, float]:
         seen = source.draw(Key(problem.seed, Stream.MOMENTS, 0, 0), BLOCK).numpy()
         points, single = len(np.unique(seen, axis=0)), False
         points = points if points <= BLOCK // 4 else 0  # more of them may not have been seen
+    elif isinstance(source, Sphere) and source.dim == 1:
+        points, single = 2, True
     else:
         points, single = 0, False
     if not points:

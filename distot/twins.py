@@ -191,7 +191,7 @@ def rows(atoms: Atoms, number: Tensor, split: Split) -> Tensor:
 
 
 def _codes(every: Atoms, its: Index, reach: Reach, table: int, width: float) -> Codes:
-    """Hashes (m,) of own rows ``its``: of the cell, of this width in units of the reach, where their projections lie."""
+    """Hashes (m,) of own rows ``its``: of the cell, as wide as so many reaches, in which their projections lie."""
     generator = np.random.Generator(np.random.Philox(np.random.SeedSequence(0, spawn_key=(table,))))
     dim = every.shape[1]
     axes = np.linalg.qr(generator.standard_normal((dim, min(dim, DIRECTIONS))))[0]

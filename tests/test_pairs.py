@@ -21,11 +21,12 @@ import distot
 from distot.cli import main as command
 from distot.entropic import shares
 from distot.errors import InputError, StoreError
-from distot.orbit import Orbit
+from distot.orbit import Orbit, points
 from distot.pairs.balance import balance, balanced_index, quotas
 from distot.pairs.coupling import Coupling, Shelf
 from distot.pairs.loader import Loader, Plan
 from distot.pairs.noise import Noise
+from distot.problem import build_problem
 from distot.solution import Solution
 from distot.source import Key, Product, Samples, Stream, as_source, from_spec
 from distot.store import Latents
@@ -361,8 +362,10 @@ def test_sources_side_by_side() -> None:
     sampler = as_source(lambda g, n: g.exponential(size=(n, 1)), 1)
     for first, second, symmetry in (
         (normal, distot.Gaussian(dim=3), "rotations"),
-        (normal, box, "signs"),
-        (distot.Ball(2), distot.Sphere(3), "signs"),
+        (box, distot.Cube(3, 1, 3), "signs"),
+        (box, distot.Cube(2), "none"),  # whose coordinates cannot change places
+        (normal, box, "none"),
+        (distot.Ball(2), distot.Sphere(3), "none"),
         (box, rows, "none"),
         (sampler, sampler, "none"),
     ):
@@ -382,6 +385,12 @@ def test_sources_side_by_side() -> None:
         if symmetry != "none":
             noise = Noise(both, Orbit(both.dim, both.symmetry, 0), 0)
             x = noise.samples(0, 5, 30_005).numpy()
+            assert np.abs((np.cov(x.T) - cov) / np.outer(deviation, deviation)).max() < 0.08
+        if first is not sampler:  # what looks and certificates draw, whose orbits have axes of their own
+            problem = build_problem(RNG.standard_normal((50, both.dim)), both, device="cpu")
+            x = torch.cat([points(part) for _, part in problem.batch(Stream.CERTIFY, 0, 30_000)]).double().numpy()
+            x = x * problem.frame.source_scale + problem.frame.source_centre
+            assert np.abs((x.mean(0) - mean) / deviation).max() < 0.05
             assert np.abs((np.cov(x.T) - cov) / np.outer(deviation, deviation)).max() < 0.08
 
 

@@ -173,4 +173,6 @@ class TestRefused:
             distot.solve(y, lambda generator, n: y[generator.integers(7, size=n)], progress=False)
         with pytest.raises(InputError, match=r"450 samples.*chi2 stays above 0.111"):
             distot.solve(y, cloud(450, 3, seed=1), progress=False)
+        with pytest.raises(InputError, match=r"2 samples for 60 latents.*chi2 stays above 29"):
+            distot.solve(cloud(60, 1), "sphere", progress=False)  # two points, on a line
         assert distot.solve(y, cloud(3000, 3, seed=1), progress=False).reason == "until_chi2"

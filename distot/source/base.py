@@ -102,8 +102,8 @@ class Source(ABC):
         raise NotImplementedError
 
     def centred(self, key: Key, n: int) -> Tensor:
-        """The variable about zero (n, d) float64 of the block named by ``key``; all rotations, or all sign flips of
-        its coordinates, keep its law if ``symmetry`` says so."""
+        """The variable about zero (n, d) float64 of the block named by ``key``; all rotations, or all sign flips and
+        exchanges of its coordinates, keep its law if ``symmetry`` says so."""
         assert self.columns is not None
         return self.shaped(uniforms(key, n, self.columns))
 

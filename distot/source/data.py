@@ -19,7 +19,7 @@ from distot.errors import InputError
 from distot.given import array, numbers
 from distot.power import Array
 from distot.source.base import BLOCK, Key, Source, Spec, Stream
-from distot.source.shapes import Gaussian
+from distot.source.shapes import Cube, Gaussian
 
 
 class Samples(Source):
@@ -114,8 +114,10 @@ class Product(Source):
     def __init__(self, first: Source, second: Source) -> None:
         super().__init__(first.dim + second.dim)
         self.first, self.second = first, second
-        if first.symmetry != "none" and second.symmetry != "none":  # rotations flip signs, too
-            self.symmetry = "rotations" if _normal(first) and _normal(second) else "signs"
+        if _normal(first) and _normal(second):
+            self.symmetry = "rotations"
+        elif isinstance(first, Cube) and isinstance(second, Cube) and first.edge == second.edge:
+            self.symmetry = "signs"  # of coordinates that may change places
 
     @property
     def columns(self) -> int | None:
@@ -134,7 +136,7 @@ class Product(Source):
         return torch.cat([self.first.centred(key, n), self.second.centred(key._replace(seed=other), n)], 1)
 
     def place(self, z: Tensor) -> Tensor:
-        return torch.cat([self.first.place(z[:, : self.first.dim]), self.second.place(z[:, self.first.dim :])], 1)
+        return torch.cat([self.first.place(z[..., : self.first.dim]), self.second.place(z[..., self.first.dim :])], -1)
 
     def moments(self, seed: int) -> tuple[Array, Array]:
         (mean, cov), (other_mean, other_cov) = self.first.moments(seed), self.second.moments(seed)

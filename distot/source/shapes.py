@@ -92,8 +92,12 @@ class Cube(Source):
         _check_size("Cube: low and high", [low, high])
         self.low, self.high = float(low), float(high)
 
+    @property
+    def edge(self) -> float:
+        return self.high - self.low
+
     def shaped(self, u: Tensor) -> Tensor:
-        return (self.high - self.low) * (u - 0.5)
+        return self.edge * (u - 0.5)
 
     def place(self, z: Tensor) -> Tensor:
         return z + 0.5 * (self.low + self.high)
