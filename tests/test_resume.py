@@ -131,7 +131,7 @@ def test_another_seed_is_another_answer(launcher: Launcher, latents: Path, unbro
 
 
 EASY = {"until_chi2": None, "max_samples": 2500, "checkpoint_seconds": 0.0}
-MOMENTS = 16  # calls before a run has a folder: the moments of the source
+MOMENTS = 18  # calls before a run has a folder: moments of the source, whether it is a few points, what it draws
 STARTED = MOMENTS + 12  # the last call in the start: 12 steps with the 12 centroids
 CALLS = [STARTED - 11, STARTED - 1, STARTED, STARTED + 1, STARTED + 2, STARTED + 7, STARTED + 20]
 
@@ -283,7 +283,7 @@ def test_so_many_latents_that_searches_are_chosen_between(tmp_path: Path, assign
     chance, run, stopped = np.random.default_rng(4), tmp_path / "stopped.zarr", 0
 
     def stop(event: dict[str, Any]) -> None:
-        if event["event"] in ("begin", "resume", "start", "step", "check") and chance.random() < 0.08:
+        if event["event"] in ("begin", "resume", "start", "step", "check") and chance.random() < 0.25:
             signal.raise_signal(signal.SIGINT)
 
     while True:
