@@ -21,19 +21,20 @@ from distot import descent, optim, schedule, start, tree
 from distot.assign import Assigner
 from distot.certify import Certificate, cell_masses, certify, default_samples
 from distot.entropic import Soft
-from distot.errors import Diverged, StoreError
+from distot.errors import Diverged, InputError, StoreError
 from distot.grid import Axis
 from distot.optim import State
 from distot.problem import Problem
 from distot.schedule import Check, Options, StopRule
-from distot.source import Stream
+from distot.source import BLOCK, Stream
 from distot.store import Checkpoint, Part
 from distot.watch import Stop, Watch
 
 SCALARS = ("drawn", "margin", "damping", "floor", "error", "step", "time", "since", "samples", "twin_damping")
 LATE = 2.0  # chi2 over the share of winners that the search may miss, from which on steps are exact
 NOISE = 3.0  # errors by which the average must be worse than the newest heights to begin anew
-LEAST_CERTIFIED = 256  # samples of a certificate, if there is no time for more
+EPSILON_MOST = 1e20  # and its inverse the least, in the frame: further off float32 does not hold scores over epsilon
+LEAST_CERTIFIED = 256  # samples of a certificate, if time was over before the first step
 RESERVE = 0.2  # at most this share of max_seconds is kept for the certificate
 FINISH = 0.5  # this share of max_seconds is kept for Newton's method, if masses are to be exact
 
@@ -270,9 +271,11 @@ def conclude(problem: Problem, assigner: Assigner, options: Options, progress: P
     heights, heed = progress.state.average, partial(watch.poll, -math.inf)
     samples = options.certificate_samples or default_samples(problem.target.n)
     if watch.deadline is not None:
-        pace = watch.seconds_per_sample or _pace(problem, assigner, heights, heed)
+        least, pace = BLOCK, watch.seconds_per_sample
+        if not pace:  # no step was taken, and there may be no time for one
+            least, pace = LEAST_CERTIFIED, _pace(problem, assigner, heights, heed)
         affordable = int((watch.deadline - time.monotonic()) / pace)
-        samples = max(min(samples, LEAST_CERTIFIED), min(samples, affordable))
+        samples = max(min(samples, least), min(samples, affordable))
     samples = problem.grid.world.objects(samples)[0]
     watch.tell("certify", samples=samples)
     return certify(problem, assigner, heights, samples, soft=entropic_part(problem, options), poll=heed)
@@ -286,7 +289,16 @@ def _pace(problem: Problem, assigner: Assigner, heights: Tensor, poll: Callable[
 
 
 def entropic_part(problem: Problem, options: Options) -> Soft | None:
-    """The options of the entropic problem in the frame, or None for plain OT."""
+    """The options of the entropic problem in the frame, or None for plain OT.
+
+    Raises InputError for an epsilon so far from the scale of the problem that float32 does not hold the quotients.
+    """
     if options.epsilon is None:
         return None
-    return Soft(options.epsilon / problem.frame.unit, min(options.top_k, problem.target.n))
+    epsilon, unit = options.epsilon / problem.frame.unit, problem.frame.unit
+    if not 1 / EPSILON_MOST <= epsilon <= EPSILON_MOST:
+        raise InputError(
+            f"epsilon must be between {unit / EPSILON_MOST:.3g} and {unit * EPSILON_MOST:.3g} for distances like these, "
+            f"it is {options.epsilon:g}"
+        )
+    return Soft(epsilon, min(options.top_k, problem.target.n))

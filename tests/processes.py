@@ -196,6 +196,7 @@ def work(job: dict[str, Any]) -> None:
         os.dup2(descriptor, number)
         os.close(descriptor)
     code: Any = 0
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which may be ignored where the tests themselves outlive a terminal
     try:
         globals()[job["function"]](*job["arguments"])
     except SystemExit as done:

@@ -59,9 +59,10 @@ class TestLine:
     def test_of_a_source_without_a_formula_by_sampling(self) -> None:
         """An array's rows, or what a user's function draws."""
         y = np.sort(np.random.default_rng(1).exponential(size=12))
-        found = distot.solve(
-            y[:, None], lambda random, n: random.standard_normal((n, 1)), until_chi2=0.001, progress=False
-        )
+        with pytest.warns(distot.DistotWarning, match="on a line sampling gets slower"):
+            found = distot.solve(
+                y[:, None], lambda random, n: random.standard_normal((n, 1)), until_chi2=0.001, progress=False
+            )
         edges = -np.diff(found.heights) / np.diff(y)
         assert found.reason == "until_chi2"
         assert np.abs(stats.norm.cdf(edges) - np.arange(1, 12) / 12).max() < 0.01
@@ -161,6 +162,7 @@ class TestAgainstOtherTools:
         ours = heights_to_weights(solve(y), y)
         assert np.allclose(flat(np.asarray(g)), flat(ours), atol=0.1)
 
+    @pytest.mark.filterwarnings("ignore:on a line sampling gets slower")
     @pytest.mark.parametrize("dim", [1, 3])
     def test_interval_holds_the_exact_discrete_cost(self, dim: int) -> None:
         """An array of samples as source makes the problem discrete: POT's network simplex solves it exactly."""

@@ -403,7 +403,7 @@ class TestSolve:
         [
             ("gaussian", 3, {}, "dimension 2 for a gaussian, cube or ball"),
             ("sphere", 2, {}, "sphere in dimension 2"),
-            (np.zeros((9, 2)), 2, {}, "samples in dimension 2"),
+            (np.eye(90, 2), 2, {}, "samples in dimension 2"),
             ("gaussian", 2, {"epsilon": 0.1}, "epsilon"),
             ("gaussian", 2, {"workers": 2}, "workers=2"),
             (distot.Gaussian(0.0, [[1.0, 1.0], [1.0, 1.0]]), 2, {}, "singular"),

@@ -327,8 +327,9 @@ def everything(grid: Grid, talk: bool = False) -> dict[str, Any]:
     problem = spherical(cloud(N, D), mass=mass, grid=grid)
     search, target, split = assign.over(problem, "native"), problem.target, problem.target.split
     start.check_sight(problem, search)
-    heights, work = start.multilevel(problem, "native", lambda: None)
-    state = optim.begin(heights, work, split)
+    heights, work = start.multilevel(start.of_groups(problem), "native", lambda: None)
+    heights = start.to_groups(problem, heights, start.guess_of(problem))
+    state = optim.begin(heights, work, split, target.twins)
     low = torch.arange(0 if grid.target.rank else 9)  # the same atoms starve on every grid
     state = optim.lifted(state, state.heights.index_fill(0, low, -30.0), 0)
     for _ in range(6):
