@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import signal
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 
 from distot import descent, finish, solver, start
 from distot.case import OWN_LATENTS, Case, Room, locked, new_case, open_case, source_place
+from distot.certify import Certificate
 from distot.environment import environment
 from distot.errors import DistotWarning, InputError, StoreError
 from distot.given import numbers
@@ -34,6 +36,7 @@ from distot.store import (
     Url,
     as_place,
     check_out,
+    explained,
     need_space,
     read_npy,
     reference,
@@ -42,6 +45,7 @@ from distot.store import (
 )
 from distot.watch import Stop, Watch, signals
 
+CLEARLY = 5.0  # errors of chi2
 LARGEST = 1e30  # a height in the frame, where float32 still has room for scores
 
 
@@ -113,7 +117,8 @@ class Opened:
 
     def reads(self) -> tuple[object, ...]:
         """Where the run and its latents are, which nothing may be written over."""
-        stored = self.latents is None and (self.run / "config.json").is_file()
+        with explained("read", self.run):
+            stored = self.latents is None and (self.run / "config.json").is_file()
         return self.run, referred(Run(self.run).config["latents"], self.run) if stored else self.latents
 
     def remember(self, folder: Run, case: Case, room: Room) -> None:
@@ -161,6 +166,8 @@ class Resume(Opened):
             rule = StopRule(problem.target.n, options.until_chi2, problem.orbit.work)
             if "until_chi2" in self.changes and found.history:
                 found = replace(found, next_check=rule.next(found.history))
+            if found.reason == "until_chi2" and options.until_chi2 is None:  # a goal that was taken away since
+                found = replace(found, reason="max_samples")
             spent = found.state.samples + descent.most_work(problem, found.state)
             if found.reason == "sampled" and not self.changes.keys() & {"until_chi2", "max_samples"}:
                 return _drive(case, found, remarks, room)
@@ -284,17 +291,28 @@ def _drive(case: Case, progress: Progress | None, remarks: tuple[str, ...], room
                 raise Interrupted(_farewell(run, watch.signal), solution, watch.signal) from stop
             case.keep(certificate, progress)
             watch.tell("certificate", **certificate.to_dict())
-            if certificate.truncation > 0.01:
-                watch.warn(
-                    f"{certificate.truncation:.1%} of the entropic plan lies beyond the {options.top_k} best latents "
-                    f"of a sample; give a larger top_k, or a smaller epsilon"
-                )
-            if certificate.unseen:
-                watch.warn(
-                    f"{certificate.unseen:,} of {certificate.samples:,} samples see no latent within a right angle: "
-                    "there -log<x, y> is infinite, and so is the cost of every plan"
-                )
+            for doubt in _doubts(certificate, progress, options):
+                watch.warn(doubt)
             return case.solution(progress, remarks, certificate)
+
+
+def _doubts(certificate: Certificate, progress: Progress, options: Options) -> Iterator[str]:
+    """What a certificate says against the answer, beside its numbers."""
+    if progress.reason == "exact" and certificate.chi2 - CLEARLY * certificate.chi2_error > (options.until_chi2 or 0):
+        yield (
+            f"all masses are exact, but searches in float32, as in assign and pairs, see a chi2 of "
+            f"{certificate.chi2:.2g}: some latents lie too close together for them; keep one of each few"
+        )
+    if certificate.truncation > 0.01:
+        yield (
+            f"{certificate.truncation:.1%} of the entropic plan lies beyond the {options.top_k} best latents "
+            f"of a sample; give a larger top_k, or a smaller epsilon"
+        )
+    if certificate.unseen:
+        yield (
+            f"{certificate.unseen:,} of {certificate.samples:,} samples see no latent within a right angle: "
+            "there -log<x, y> is infinite, and so is the cost of every plan"
+        )
 
 
 def _farewell(run: Run | None, number: int) -> str:

@@ -89,6 +89,15 @@ def test_exact_masses_are_those_of_all_latents() -> None:
     assert distot.solve(y[:, :1], progress=False).certificate.atoms == 60
 
 
+def test_exact_masses_that_no_search_sees_are_said_to_be() -> None:
+    """On a line no two are joined; float32 scores of these leave some without samples."""
+    y = cloud(600, 1).astype(np.float64)
+    y[300:] = y[:300] + 1e-6
+    with pytest.warns(distot.DistotWarning, match=r"all masses are exact, but searches.*see a chi2 of 0\.\d"):
+        assert distot.solve(y, progress=False).reason == "exact"
+    distot.solve(y[:300], progress=False)  # without a word
+
+
 class TestSolved:
     @pytest.mark.filterwarnings("ignore::distot.DistotWarning")
     @pytest.mark.parametrize(("d", "distance"), [(2, 1e-7), (2, 1e-4), (2, 1e-3), (16, 1e-6), (16, 1e-4), (16, 1e-2)])
