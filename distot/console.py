@@ -35,12 +35,15 @@ UsageError: Any = typer.BadParameter.__mro__[1]
 def execute(app: typer.Typer, name: str, given: list[str]) -> NoReturn:
     """Runs a command and exits with its code; errors are one sentence, never a traceback."""
     _writable()
-    with raised():
-        code = _done(app, name, given)
-        if (why := _flushed(sys.stdout)) and not code:
-            say("error", "red", f"not all that was printed could be written: {why}")
-            code = 1
-        _flushed(sys.stderr)
+    try:
+        with raised():
+            code = _done(app, name, given)
+            if (why := _flushed(sys.stdout)) and not code:
+                say("error", "red", f"not all that was printed could be written: {why}")
+                code = 1
+            _flushed(sys.stderr)
+    except KeyboardInterrupt as stopped:  # just before a command began, or just after it
+        code = _stopped(stopped)
     sys.exit(code)
 
 
@@ -57,8 +60,7 @@ def _done(app: typer.Typer, name: str, given: list[str]) -> Any:
         whisper(str(interrupted))
         return 128 + interrupted.signal
     except KeyboardInterrupt as stopped:
-        whisper("stopped at once; the run, if it has begun, is as of its last checkpoint")
-        return 128 + (stopped.signal if isinstance(stopped, Stopped) else signal.SIGINT)
+        return _stopped(stopped)
     except UsageError as error:
         where = error.ctx.command_path if error.ctx else name
         say("error", "red", f"{error.format_message().rstrip('.')}; see {where} --help")
@@ -66,6 +68,12 @@ def _done(app: typer.Typer, name: str, given: list[str]) -> Any:
         printing = isinstance(error, OSError) and error.filename is None and error.errno in PRINTING
         say("error", "red", f"not all that was printed could be written: {error}" if printing else str(error))
     return 1
+
+
+def _stopped(by: KeyboardInterrupt) -> int:
+    """Says that a command ends in its midst; the exit code."""
+    whisper("stopped at once; the run, if it has begun, is as of its last checkpoint")
+    return 128 + (by.signal if isinstance(by, Stopped) else signal.SIGINT)
 
 
 def _writable() -> None:

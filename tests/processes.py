@@ -23,7 +23,7 @@ import numpy as np
 
 import distot
 import distot.cli
-from distot import readers
+from distot import console, readers
 from distot.store import Run
 
 LIMIT = 60.0  # seconds that anything awaited may take
@@ -234,6 +234,18 @@ def encoded(encoding: str, arguments: list[str]) -> None:
     """The command line where streams have an encoding other than UTF-8."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding=encoding, errors="strict")  # type: ignore[union-attr]
+    distot.cli.main(arguments)
+
+
+def early(number: int, arguments: list[str]) -> None:
+    """The command line, struck by a signal when it is about to begin."""
+    begin = console._done
+
+    def struck(*given: Any) -> Any:
+        signal.raise_signal(number)
+        return begin(*given)
+
+    console._done = struck
     distot.cli.main(arguments)
 
 

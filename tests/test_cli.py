@@ -279,6 +279,14 @@ def test_what_ingest_had_begun_is_cleared_away(launcher: Launcher, tmp_path: Pat
     assert [file.name for file in tmp_path.iterdir()] == ["z.npy"]
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_just_before_a_command_begins(launcher: Launcher, latents: Path, number: int) -> None:
+    child = launcher.start("early", number, ["inspect", str(latents)])
+    assert child.wait() == 128 + number
+    assert child.stderr().count("\n") == 1
+    assert "stopped at once" in child.stderr()
+
+
 @pytest.mark.parametrize("words", [("-m", "distot.cli"), ("-m", "jobs.solve"), ("distot",)], ids=" ".join)
 def test_an_interrupt_while_it_starts_ends_it_without_a_traceback(tmp_path: Path, words: tuple[str, ...]) -> None:
     """Sent by a module that is imported, and that catches everything."""
