@@ -180,6 +180,8 @@ def _stored_source(run: Run, arrays: dict[str, NDArray[Any]]) -> Source:
         raise StoreError(f"the source of {run.path} is damaged ({error}); {LOST}") from error
     if found.dim != run.config["shape"][1]:
         raise StoreError(f"the source of {run.path} is damaged (its dimension is {found.dim}); {LOST}")
+    if lacking := ", ".join(found.spec()[1].keys() - arrays.keys()):
+        raise StoreError(f"the source of {run.path} is damaged (it lacks its {lacking}); {LOST}")
     return found
 
 
@@ -243,6 +245,7 @@ def _problem(rows: Rows, source: object, mass: Any, options: Options, room: Room
     problem = build_problem(rows, source[:] if isinstance(source, Latents) else source, mass, *given)
     if options.exact:
         exact.check(problem.source, problem.grid.world.size)
+    solver.entropic_part(problem, options)  # refuses what it cannot be computed for
     if isinstance(rows, Latents) and rows.fingerprint not in (None, problem.target.fingerprint):
         raise StoreError(f"{rows.path} has changed since it was written (its fingerprint differs); ingest it again")
     notes = tuple(note for its in (rows, source) if isinstance(its, Latents) for note in its.notes)

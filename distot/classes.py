@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -28,7 +27,18 @@ from distot.errors import InputError, StoreError
 from distot.fingerprint import fingerprint_of
 from distot.given import array
 from distot.solution import Solution
-from distot.store import Latents, Place, RowFile, Run, as_place, check_out, copy_latents, new_rows, open_latents
+from distot.store import (
+    Latents,
+    Place,
+    RowFile,
+    Run,
+    as_place,
+    check_holder,
+    check_out,
+    copy_latents,
+    new_rows,
+    open_latents,
+)
 from distot.target import check_mass, check_rows
 
 PART = 65536  # labels written at a time
@@ -153,8 +163,7 @@ def _coded(labels: ArrayLike, weight: NDArray[np.float64]) -> tuple[list[Label],
 
 def _begin(folder: Place, names: list[Label], code: NDArray[np.int32], vectors: Arrays) -> None:
     """Stores labels and masses, or checks that they are those of the folder."""
-    if isinstance(folder, Path):
-        folder.mkdir(parents=True, exist_ok=True)
+    check_holder(folder)
     with new_rows(folder / "labels.zarr", len(code), {"code": ("int32", None)}, {"labels": names}, vectors) as out:
         if not np.array_equal(RowFile(folder / "labels.zarr").read("code"), code[: out.written]):
             raise InputError(f"{folder} was begun with other labels; give those, or choose another folder")

@@ -298,7 +298,7 @@ def entropic_part(problem: Problem, options: Options) -> Soft | None:
     epsilon, unit = options.epsilon / problem.frame.unit, problem.frame.unit
     if not 1 / EPSILON_MOST <= epsilon <= EPSILON_MOST:
         raise InputError(
-            f"epsilon must be between {unit / EPSILON_MOST:.3g} and {unit * EPSILON_MOST:.3g} for distances like these, "
-            f"it is {options.epsilon:g}"
+            f"epsilon must be between {unit / EPSILON_MOST:.3g} and {unit * EPSILON_MOST:.3g} for distances like "
+            f"these, it is {options.epsilon:g}"
         )
     return Soft(epsilon, min(options.top_k, problem.target.n))

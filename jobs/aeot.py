@@ -311,9 +311,11 @@ def main(
         data, quick, size=size, latent=latent, epochs=epochs, width=width, until_chi2=until_chi2, count=count, seed=seed
     )
     check_workers(workers, ray=ray)
+    if redo is not None and not (out / "settings.json").exists():
+        raise InputError(f"{out} was not begun by this job, so nothing of it can be done anew; leave --redo out")
+    begun(out, asdict(settings))
     if redo is not None:
         forget(out, redo)
-    begun(out, asdict(settings))
     job, began = Job(out, settings, Places(workers, ray, device, max_seconds)), time.monotonic()
     for name in FILES:
         if job.done(name):

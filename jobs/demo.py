@@ -19,7 +19,7 @@ import distot
 from distot.cli import main as command
 from distot.console import start
 from distot.errors import InputError
-from distot.store import new_file, open_latents, typed
+from distot.store import check_holder, explained, new_file, open_latents, typed
 from jobs.patches import keep, patches
 
 console = Console(highlight=False)
@@ -49,7 +49,9 @@ def begun(
     ]:
         raise InputError(f"{folder} was begun with {', '.join(other)}; give the same options, or another folder")
     if not file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+        check_holder(folder)
+        with explained("write", folder):
+            folder.mkdir(parents=True, exist_ok=True)
         with new_file(file) as partial:
             partial.write_text(json.dumps(settings, indent=1))
     return settings

@@ -158,3 +158,15 @@ def test_stages_that_were_made_of_something_else(
     monkeypatch.setattr(aeot, "load", lambda name, size: other)
     with pytest.raises(InputError, match=r"holds other data than .* --redo train"):
         run(folder, capsys, latent=3, redo="encode")
+
+
+def test_redo_deletes_nothing_that_the_job_has_not_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither in a folder of something else, nor where another option would be refused afterwards."""
+    (tmp_path / "run.zarr").mkdir()
+    with pytest.raises(InputError, match="was not begun by this job"):
+        run(tmp_path, capsys, redo="train")
+    assert not (tmp_path / "settings.json").exists()
+    (tmp_path / "settings.json").write_text('{"count": 300, "dim": 4}')
+    with pytest.raises(InputError, match="was begun with"):
+        run(tmp_path, capsys, redo="train")
+    assert (tmp_path / "run.zarr").exists()

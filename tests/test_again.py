@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 import distot
 from distot.again import go_on
 from distot.cli import main as command
-from distot.errors import DistotError, InputError
+from distot.errors import DistotError, InputError, StoreError
 from distot.inspect import describe
 from distot.store import Run, copy_latents
 from jobs.solve import main as job
@@ -124,6 +124,17 @@ def test_a_spent_budget_ends_with_its_code_and_a_larger_one_goes_on(place: Path)
     assert describe(place / "run.zarr")["samples"] == spent
     assert code_of([*words, "2000"]) == 3
     assert 600 < describe(place / "run.zarr")["samples"] <= 2000
+
+
+def test_a_goal_that_is_taken_away_leaves_the_budget(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [place / "l.zarr", place / "run.zarr", "--until-chi2"]
+    assert code_of([*words, "0.5"]) == 0
+    spent = describe(place / "run.zarr")["samples"]
+    capsys.readouterr()
+    assert code_of([*words, "none", "--max-samples", "1"]) == 0
+    assert "the budget of 1 samples is spent" in capsys.readouterr().out
+    assert code_of([*words, "none", "--max-samples", str(spent + 600)]) == 0
+    assert describe(place / "run.zarr")["samples"] > spent
 
 
 def test_an_exact_run_is_done(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -284,6 +295,17 @@ def test_classes_that_were_begun_otherwise(tmp_path: Path, begun: dict[str, Any]
     classes(tmp_path, **begun)
     with pytest.raises(InputError):
         classes(tmp_path, **again)
+
+
+@pytest.mark.parametrize("name", ["run.zarr", "l.zarr", "file", "link"])
+def test_classes_need_a_folder_of_their_own(place: Path, name: str) -> None:
+    solved(place)
+    (place / "file").write_text("mine")
+    (place / "link").symlink_to("nowhere")
+    before = sorted(place.rglob("*"))
+    with pytest.raises(StoreError, match=r"choose another (name|path)"):
+        classes(place, run=place / name)
+    assert sorted(place.rglob("*")) == before
 
 
 def test_goals_of_classes_may_change(tmp_path: Path) -> None:

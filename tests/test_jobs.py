@@ -119,6 +119,19 @@ def test_folders_of_jobs_are_of_one_kind(tmp_path: Path) -> None:
         begun(tmp_path / "a", said, usual)
 
 
+@pytest.mark.parametrize("name", ["run.zarr", "l.zarr", "file", "link"])
+def test_jobs_need_a_folder_of_their_own(tmp_path: Path, name: str) -> None:
+    for store, about in (("run.zarr", "config.json"), ("l.zarr", "zarr.json")):
+        (tmp_path / store).mkdir()
+        (tmp_path / store / about).write_text("{}")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to("nowhere")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(distot.StoreError, match=r"choose another (name|path)"):
+        begun(tmp_path / name, {"count": 3})
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_patches_over_nothing(tmp_path: Path) -> None:
     path = tmp_path / "patches.npy"
     keep(path, patches(50, 2))

@@ -255,6 +255,12 @@ class TestEntropic:
         assert np.allclose(again.heights, whole.heights, atol=0.2)
         assert distot.load(tmp_path / "run.zarr").certificate == again.certificate
 
+    @pytest.mark.parametrize("epsilon", [1e-300, 1e-40, 1e300])
+    def test_no_epsilon_that_scores_cannot_be_divided_by(self, epsilon: float, tmp_path: Any) -> None:
+        with pytest.raises(InputError, match=r"epsilon must be between .* and .* for distances like these, it is"):
+            quiet(CLOUD, until_chi2=None, max_samples=3000, epsilon=epsilon, run=tmp_path / "run.zarr")
+        assert not (tmp_path / "run.zarr").exists()
+
     def test_says_what_few_winners_leave_out(self) -> None:
         with pytest.warns(
             distot.DistotWarning, match="lies beyond the 2 best latents of a sample; give a larger top_k"

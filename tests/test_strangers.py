@@ -157,6 +157,16 @@ def test_links_in_a_checkpoint_are_not_followed(run: Path, outside: Path, tmp_pa
     assert os.readlink(there) if there.is_symlink() else True
 
 
+def test_a_log_with_another_name_is_copied_before_it_grows(run: Path, tmp_path: Path) -> None:
+    """A backup by hard links shares its files with the run, and somebody's run may share any."""
+    (tmp_path / "backup").hardlink_to(run / "log.jsonl")
+    before = (tmp_path / "backup").read_bytes()
+    distot.resume(run, max_samples=2500, progress=False)
+    assert (tmp_path / "backup").read_bytes() == before
+    assert (run / "log.jsonl").read_bytes().startswith(before)
+    assert len(Run(run).records()) > before.count(b"\n")
+
+
 def test_debris_is_what_is_named_like_it(run: Path, tmp_path: Path) -> None:
     kept = [
         run / "checkpoints/photos/a.jpg",
@@ -421,6 +431,21 @@ def test_options_are_checked_by_name_and_type(run: Path) -> None:
             with pytest.raises(StoreError, match=r"config\.json is damaged"):
                 describe(run)
             (run / "config.json").write_bytes(kept)
+
+
+@pytest.mark.parametrize("name", ["mean", "cov"])
+def test_a_source_that_lacks_an_array_is_damaged(run: Path, name: str) -> None:
+    """Without its covariance a Gaussian would be the standard one, and the run that of another source."""
+    resealed(run / "config.json", lambda config: config["source_arrays"].remove(name))
+    with pytest.raises(StoreError, match=f"the source of .* is damaged .it lacks its {name}.; this run cannot"):
+        distot.load(run)
+
+
+@pytest.mark.parametrize("name", ["mass", "init"])
+def test_an_array_that_is_missing_is_no_advice_to_ingest(run: Path, name: str) -> None:
+    resealed(run / "config.json", lambda config: config.update({name: True}))
+    with pytest.raises(StoreError, match=f"{name} is missing; this run cannot be continued"):
+        distot.load(run)
 
 
 def test_values_that_no_run_can_have_are_refused(run: Path) -> None:

@@ -9,7 +9,7 @@ from distot.store.forms import restored
 from distot.store.latents import Latents, LatentsWriter, copy_latents, new_latents, open_latents
 from distot.store.lock import TakenOver
 from distot.store.npy import check_npy, npy_header
-from distot.store.out import check_out, fresh_file, new_npy, save_npy
+from distot.store.out import check_holder, check_out, fresh_file, new_npy, save_npy
 from distot.store.places import Opened, Place, Url, as_place, reference, referred, typed
 from distot.store.rows import RowFile, RowWriter, new_rows
 from distot.store.runs import LOST, Run
@@ -31,6 +31,7 @@ __all__ = [
     "TakenOver",
     "Url",
     "as_place",
+    "check_holder",
     "check_npy",
     "check_out",
     "check_plain",

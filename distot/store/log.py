@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shutil
 import time
+from pathlib import Path
 from typing import Annotated, Any
 
 from distot.errors import StoreError
-from distot.store.files import check_plain, explained
+from distot.store.files import check_plain, explained, new_file
 from distot.store.forms import MOST, REASON, Count, Form, Malformed, Maybe, Real, Seconds, check, parsed
 from distot.store.places import Place, Url
 
@@ -73,6 +75,7 @@ class Log:
             return
         file = self.run / "log.jsonl"
         check_plain(file)
+        _keep_apart(file)
         with explained("write", file), file.open("a+b") as stream:
             size = stream.tell()
             if size and os.pread(stream.fileno(), 1, size - 1) != b"\n":  # a crash or a full disk has cut it off
@@ -92,6 +95,13 @@ class Log:
                 self._write_piece(self.run)
             except StoreError:
                 self.lines = []  # the run goes without it, as it does where an append fails
+
+
+def _keep_apart(file: Path) -> None:
+    """A file that has another name, too, in a backup by hard links say, is copied before it grows: that one stays."""
+    if file.exists() and file.stat().st_nlink > 1:
+        with new_file(file) as copy:
+            shutil.copyfile(file, copy)
 
 
 def records(run: Place) -> list[dict[str, Any]]:

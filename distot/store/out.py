@@ -34,6 +34,12 @@ def check_free(out: Place) -> None:
         raise StoreError(f"{out} exists already; delete it first, or choose another name")
 
 
+def check_holder(folder: Place) -> None:
+    """Raises StoreError if the folder for several runs or files is one of these itself."""
+    if any((folder / name).is_file() for name in ("config.json", "zarr.json", ".zgroup", ".zarray")):
+        raise StoreError(f"{folder} is a run, or another store; choose another name for a folder of several")
+
+
 def _lies_in(out: Place, place: Place) -> bool:
     if isinstance(out, Url) or isinstance(place, Url):
         same = isinstance(out, Url) and isinstance(place, Url) and (out.scheme, out.root) == (place.scheme, place.root)

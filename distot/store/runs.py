@@ -170,6 +170,8 @@ class Run:
 
     def array(self, name: str) -> NDArray[Any]:
         """An array stored with the configuration. Raises StoreError if it is missing or damaged."""
+        if not (self.path / name).exists():
+            raise StoreError(f"{self.path / name} is missing; {LOST}")
         return load(self.path / name, whole=True)
 
     @contextmanager
