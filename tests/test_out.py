@@ -353,6 +353,37 @@ def test_masses_that_leave_the_heights_alone(tmp_path: Path) -> None:
             write("b")
 
 
+@pytest.mark.parametrize("complete", [False, True])
+@pytest.mark.parametrize("lost", [True, False])
+def test_rows_of_which_a_file_was_lost(begun: Path, complete: bool, lost: bool) -> None:
+    """zarr reads its fill value there, and the store says that all rows are written."""
+    out = begun / "out.zarr"
+    if complete:
+        distot.assign_file(begun / "run.zarr", X, out)
+    file = out / "index/c/0"
+    if lost:
+        file.unlink()
+    else:
+        file.write_bytes(b"")
+    before = state(out)
+    for use in (lambda: distot.assign_file(begun / "run.zarr", X, out), lambda: RowFile(out).read("index")):
+        with pytest.raises(StoreError, match="index/c/0 is missing or empty; restore it from a copy, or delete"):
+            use()
+    assert state(out) == before
+
+
+def test_rows_go_on_beside_files_of_the_user(begun: Path) -> None:
+    for name in ("notes.partial", "index/c/0.0123456789abcdef0123456789abcdef.partial", ".zarr.json.01234567.partial"):
+        (begun / "out.zarr" / name).write_text("begun")
+    distot.assign_file(begun / "run.zarr", X, begun / "out.zarr")
+    assert [file.name for file in (begun / "out.zarr").rglob("*.partial")] == ["notes.partial"]
+
+
+def test_rows_without_the_array_that_is_read(begun: Path) -> None:
+    with pytest.raises(StoreError, match=r"out\.zarr has no z for its rows"):
+        RowFile(begun / "out.zarr").read("z")
+
+
 def test_rows_that_do_not_say_of_which_samples_they_are(begun: Path) -> None:
     """As older versions wrote them."""
     out = begun / "out.zarr"

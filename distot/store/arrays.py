@@ -119,7 +119,7 @@ def load(path: Place, rows: slice | EllipsisType = ..., whole: bool = False) -> 
     return read(node, rows, path)
 
 
-def _pieces(array: zarr.Array[Any], path: Place) -> Iterator[tuple[slice | EllipsisType, str]]:
+def pieces(array: zarr.Array[Any], path: Place) -> Iterator[tuple[slice | EllipsisType, str]]:
     """Row ranges and names, from ``path``, of the stored objects of an array with default chunk keys."""
     folder = f"{array.basename}/" if array.basename and path.name != array.basename else ""
     if not array.ndim:
@@ -132,7 +132,7 @@ def _pieces(array: zarr.Array[Any], path: Place) -> Iterator[tuple[slice | Ellip
 
 def _culprit(array: zarr.Array[Any], path: Place, error: Exception) -> str:
     """Names the first file of an array that cannot be read."""
-    for rows, name in _pieces(array, path):
+    for rows, name in pieces(array, path):
         try:
             array[rows]
         except DAMAGE:
@@ -144,7 +144,7 @@ def check_complete(path: Place, *arrays: zarr.Array[Any]) -> None:
     """Raises StoreError if a file of these arrays is missing."""
     there = sizes(path)
     for array in arrays:
-        for _, name in _pieces(array, path):
+        for _, name in pieces(array, path):
             if not there.get(name):
                 raise StoreError(
                     f"{path / name} is missing or empty; restore this file from a copy, or ingest the latents again"

@@ -7,6 +7,7 @@ writer, what it had written stays, and the next one goes on behind it. Legend: N
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,14 +19,15 @@ from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec
 
 from distot.errors import InputError, StoreError
-from distot.store.arrays import Arrays, meaningful, open_node, open_to_write, read, write_vector
+from distot.store.arrays import Arrays, meaningful, open_node, open_to_write, pieces, read, write_vector
 from distot.store.files import explained, flush, need_space, new_folder, write_atomically
 from distot.store.forms import MOST, Count, Form, Malformed, Name, check
 from distot.store.lock import Fence, TakenOver, writer
-from distot.store.places import Opened, Place, as_place, zarr_store
+from distot.store.places import Opened, Place, as_place, sizes, zarr_store
 
 FORMAT, VERSION = "distot-rows", 1
 LEAST_BYTES, MOST_BYTES, PIECES = 1 << 20, 64 << 20, 4096  # a shard is 1/4096 of its array, within these bounds
+PARTIAL = re.compile(r".+\.[0-9a-f]{8,32}\.partial")  # of a file that zarr, or we, had not finished
 KINDS = ("rows of", "kind")  # attributes that are compared first: whether the rows are of one kind at all
 # attributes that ``about`` may not have
 OWN = ("format", "version", "rows", "columns", "vectors", "written", "state", "unfinished")
@@ -69,6 +71,7 @@ class RowFile:
             raise StoreError(f"a zarr.json in {self.path} is damaged ({error}); delete it, and make it anew") from error
         self.rows, self.written = int(attributes["rows"]), int(attributes["written"])
         self.kept, self.state = attributes, attributes["state"]
+        self._check_written()
         self.about = {name: value for name, value in attributes.items() if name not in OWN}
 
     def __reduce__(self) -> tuple[type[RowFile], tuple[Place]]:
@@ -78,9 +81,25 @@ class RowFile:
     def complete(self) -> bool:
         return self.written == self.rows
 
+    def _check_written(self) -> None:
+        """Raises StoreError if a file of rows that were written is gone: zarr would read its fill value there."""
+        there = sizes(self.path)
+        for name in self.kept["columns"]:
+            its = self.arrays[name]
+            if not its.fill_value:  # of zeros zarr leaves out files that hold nothing else
+                continue
+            for rows, file in pieces(its, self.path / name):
+                if isinstance(rows, slice) and rows.start < self.written and not there.get(f"{name}/{file}"):
+                    raise StoreError(
+                        f"{self.path / name / file} is missing or empty; restore it from a copy, or delete {self.path} "
+                        "and make it anew"
+                    )
+
     def read(self, name: str, rows: slice | None = None) -> NDArray[Any]:
         """Rows of one array that are written (all of them if no slice is given). Raises StoreError for others."""
         self.opened.check()
+        if name not in self.arrays:
+            raise StoreError(f"{self.path} has no {name} for its rows; delete it, and make it anew")
         rows = rows or slice(0, self.written)
         if rows.stop > self.written:
             raise StoreError(f"{self.path} has {self.written:,} rows so far, row {rows.stop - 1:,} is not among them")
@@ -223,7 +242,7 @@ def new_rows(
     need_space(path, (rows - found.written) * sum(bytes_each.values()))
     with writer(path) as fence:
         for debris in path.rglob("*.partial") if isinstance(path, Path) else ():  # of writers that were killed
-            if debris.is_file():
+            if PARTIAL.fullmatch(debris.name) and debris.is_file():
                 debris.unlink()
         out = RowWriter(RowFile(path), columns, fence)
         yield out
