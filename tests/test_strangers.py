@@ -378,12 +378,14 @@ def test_any_manifest_is_read_or_refused_in_a_sentence(run: Path, tmp_path: Path
     del manifest["sha256"]
     shutil.rmtree(manifests(run)[0].parent)
     out = tmp_path / "page.html"
-    for _ in range(120):
+    for trial in range(120):
         changed = mutated(manifest, rng)
         if rng.random() < 0.7:
             changed = manifest | {"scalars": mutated(manifest["scalars"], rng)}
         file.write_text(json.dumps(sealed(changed)))
-        survives(lambda: describe(run), lambda: distot.load(run), lambda: distot.report(run, out, detail=False))
+        survives(lambda: describe(run), lambda: distot.load(run))
+        if trial % 6 == 0:  # a report reads what the others do, and takes longer
+            survives(lambda: distot.report(run, out, detail=False))
 
 
 def test_any_certificate_and_log_is_read_or_told(run: Path, tmp_path: Path) -> None:
