@@ -143,8 +143,13 @@ def merged(every: Atoms, leader: Index, total: int, typical: float, first: int, 
         its = np.flatnonzero(leader == own)
         code = _codes(every, its, near, table, WIDE)
         leader[its] = meeting(every, its, code, first, axis, partial(_heads, reach=near))
-    ends = np.cumsum(axis.objects(len(leader)))[:-1]
-    for _ in range(TABLES):  # a row that was joined to another one may have stood for some
+    return _followed(leader, first, axis)
+
+
+def _followed(leader: Index, first: int, axis: Axis) -> Index:
+    """The last of the rows that stand for own ones, as one that was joined to another may have stood for some."""
+    leader, ends = leader.copy(), np.cumsum(axis.objects(len(leader)))[:-1]
+    for _ in range(TABLES):
         kept = np.flatnonzero(leader >= 0)
         owner = np.searchsorted(ends, leader[kept], side="right")
         leader[kept] = asked(axis, owner, [leader[kept]], lambda row: leader[row - first])
@@ -154,15 +159,18 @@ def merged(every: Atoms, leader: Index, total: int, typical: float, first: int, 
 def grouped(atoms: Atoms, typical: float, split: Split) -> Twins | None:
     """Groups of 2 to MOST atoms that lie apart from all others; None if there are none."""
     axis, dim, first = split.axis, atoms.shape[1], split.first
-    leader = np.arange(first, first + split.count)
-    cell = split.n ** (-1 / dim)
+    own = np.arange(first, first + split.count)
+    leader, cell = own.copy(), split.n ** (-1 / dim)
     top = typical / dim**0.5 * min(1.0, dim**0.5 * cell) / ISOLATED  # random directions see no more than the first
     length, least = top, float(reach(dim, split.n, typical)(np.array([typical]))[0])
     while length > min(least, top / 2):
-        for table in range(TABLES):
-            its, near = np.flatnonzero(~_taken(leader, split)), partial(np.full_like, fill_value=length)
+        single, near = _sizes(leader, split) == 1, partial(np.full_like, fill_value=length)
+        for table in range(TABLES):  # in which those that stand for others meet again, as a cell may end among these
+            its = np.flatnonzero(single & (leader == own))
             code = _codes(atoms, its, near, table, CELL)
             leader[its] = meeting(atoms, its, code, first, axis, partial(_heads, reach=near, most=MOST))
+        leader = _followed(leader, first, axis)
+        leader = np.where(_sizes(leader, split) > MOST, own, leader)
         length /= FINER
     heads, group = torch.unique(split.gather(torch.from_numpy(leader)), return_inverse=True)
     if len(heads) == split.n:
@@ -176,10 +184,9 @@ def grouped(atoms: Atoms, typical: float, split: Split) -> Twins | None:
     return Twins(group, (square / size).sqrt(), found.most)
 
 
-def _taken(leader: Index, split: Split) -> NDArray[np.bool_]:
-    """Own atoms that belong to a group by now, as its first one or another."""
-    size = np.bincount(split.gather(torch.from_numpy(leader)).numpy(), minlength=split.n)
-    return size[leader] > 1
+def _sizes(leader: Index, split: Split) -> Index:
+    """How many atoms the group of each own one has."""
+    return np.bincount(split.gather(torch.from_numpy(leader)).numpy(), minlength=split.n)[leader]
 
 
 def rows(atoms: Atoms, number: Tensor, split: Split) -> Tensor:

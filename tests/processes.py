@@ -245,7 +245,7 @@ def early(number: int, arguments: list[str]) -> None:
         signal.raise_signal(number)
         return begin(*given)
 
-    console._done = struck
+    console._done = struck  # type: ignore[assignment]
     distot.cli.main(arguments)
 
 

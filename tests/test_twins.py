@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ class TestFound:
         found = target(with_twins(1000, d, 200, 1e-3))
         assert found.n >= 990
         assert found.twins is not None
-        assert found.twins.most == 2
+        assert found.twins.most <= 4  # in the plane a third one may be near
         group = found.twins.group[found.atom_of]
         assert (group[800:] == group[:200]).sum() >= 160  # some lie in a crowd
 
@@ -59,11 +60,12 @@ class TestFound:
         assert not found.notes
 
 
-def test_groups_have_any_number_of_atoms() -> None:
-    found = target(with_twins(1000, 8, 50, 1e-3, copies=4))
+@pytest.mark.parametrize(("d", "distance"), [(8, 1e-3), (384, 1e-2)])
+def test_groups_have_any_number_of_atoms_and_are_whole(d: int, distance: float) -> None:
+    found = target(with_twins(1500, d, 200, distance, copies=4))
     assert found.twins is not None
     assert found.twins.most == 5
-    assert (torch.bincount(found.twins.group) == 5).sum() == 50
+    assert (torch.bincount(found.twins.group) == 5).sum() == 200
 
 
 def test_a_far_latent_does_not_make_the_others_one() -> None:
@@ -98,13 +100,18 @@ def test_exact_masses_that_no_search_sees_are_said_to_be() -> None:
     distot.solve(y[:300], progress=False)  # without a word
 
 
+@cache
+def without_twins(d: int) -> distot.Solution:
+    return distot.solve(cloud(1000, d), max_samples=200_000, progress=False)
+
+
 class TestSolved:
     @pytest.mark.filterwarnings("ignore::distot.DistotWarning")
     @pytest.mark.parametrize(("d", "distance"), [(2, 1e-7), (2, 1e-4), (2, 1e-3), (16, 1e-6), (16, 1e-4), (16, 1e-2)])
     def test_as_soon_as_a_cloud_without_twins(self, d: int, distance: float) -> None:
         plain, twins = (
-            distot.solve(with_twins(1000, d, pairs, distance), max_samples=200_000, progress=False)
-            for pairs in (0, 250)
+            without_twins(d),
+            distot.solve(with_twins(1000, d, 250, distance), max_samples=200_000, progress=False),
         )
         assert twins.reason == plain.reason == "until_chi2"
         assert twins.samples < 1.5 * plain.samples
