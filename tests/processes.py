@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import select
 import signal
 import subprocess
@@ -23,7 +24,7 @@ import numpy as np
 
 import distot
 import distot.cli
-from distot import console, readers
+from distot import console, readers, solver, watch
 from distot.store import Run
 
 LIMIT = 60.0  # seconds that anything awaited may take
@@ -36,6 +37,17 @@ def quick_folder() -> Iterator[Path]:
     where = memory if os.access(memory, os.W_OK) else None
     with tempfile.TemporaryDirectory(dir=where, ignore_cleanup_errors=True) as name:
         yield Path(name)
+
+
+@contextmanager
+def files_up_to(size: int) -> Iterator[None]:
+    """As if the disk were full for larger files."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def wait_for(what: str, condition: Callable[[], Any], child: Child | None = None, limit: float = LIMIT) -> Any:
@@ -234,6 +246,25 @@ def encoded(encoding: str, arguments: list[str]) -> None:
     """The command line where streams have an encoding other than UTF-8."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding=encoding, errors="strict")  # type: ignore[union-attr]
+    distot.cli.main(arguments)
+
+
+class Clock:
+    """Stands in for the module ``time``: a moment passes with each look at it, however busy the machine is."""
+
+    time = staticmethod(time.time)
+
+    def __init__(self, moment: float = 0.002) -> None:
+        self.now, self.moment = 0.0, moment
+
+    def monotonic(self) -> float:
+        self.now += self.moment
+        return self.now
+
+
+def clocked(arguments: list[str]) -> None:
+    """The command line by such a clock."""
+    watch.time = solver.time = Clock()  # type: ignore[assignment]
     distot.cli.main(arguments)
 
 

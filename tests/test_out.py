@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-import resource
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from processes import files_up_to
 
 import distot
 from distot.cli import main as command
@@ -210,16 +209,6 @@ def test_an_interrupted_assign_is_given_again(place: Path, monkeypatch: pytest.M
     assert not list(place.glob("*out.npy*"))
     assert distot.assign_file(place / "run.zarr", place / "x.npy", out) == 3000
     assert np.array_equal(np.load(out), distot.load(place / "run.zarr").assign(X))
-
-
-@contextmanager
-def files_up_to(size: int) -> Iterator[None]:
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("words", [["assign", "run.zarr", "x.npy", "out.npy"], ["export", "run.zarr", "out.npy"]])

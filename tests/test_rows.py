@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import pickle
-import resource
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import numpy as np
 import pytest
 from moto.server import ThreadedMotoServer
 from numpy.typing import NDArray
+from processes import files_up_to
 
 from distot.errors import InputError, StoreError
 from distot.store import RowFile, RowWriter, new_rows, open_latents, places
@@ -111,17 +110,6 @@ with test_rows.begin({str(path)!r}) as out:
     with begin(path) as out:
         fill(out)
     assert_right(path, ROWS)
-
-
-@contextmanager
-def files_up_to(size: int) -> Iterator[None]:
-    """As if the disk were full for larger files."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
