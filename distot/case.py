@@ -203,7 +203,7 @@ def _stored_latents(run: Run) -> Latents:
         )
     if not stored.exists():
         raise StoreError(f"the latents of {run.path} are not at {stored} any more; say where they are (--latents)")
-    return open_latents(stored, links=run.config["latents"] != "latents.zarr")
+    return open_latents(stored, links=run.config["latents"] != OWN_LATENTS)
 
 
 @contextmanager
@@ -352,7 +352,7 @@ def _place(case: Case) -> Place | NDArray[Any]:
     """Where another process finds the latents of a case; those in memory themselves, if no file has them."""
     if isinstance(case.rows, Latents):
         return case.rows.place
-    copied = None if case.run is None else case.run.anywhere().path / "latents.zarr"
+    copied = None if case.run is None else case.run.anywhere().path / OWN_LATENTS
     if case.run is not None and copied is not None and case.run.config["latents"] == copied.name and copied.exists():
         return copied
     return np.asarray(case.rows)

@@ -20,12 +20,12 @@ from distot.errors import InputError
 from distot.fingerprint import Fingerprint, combined
 from distot.grid import Axis, Grid, Split
 from distot.power import Array, Cost, Frame, Quadratic
+from distot.sphere import check_half, check_unit
 from distot.twins import Twins
 
 SURVEYED = 16384  # rows of which the centre is the median
 NOTHING = 1e-18  # a share of all mass that changes no sum of float64
 UNEVEN = 8  # pieces of a store are kept whole where this many go to a share
-UNIT = 2.0**-8  # by which the length of a unit vector may be off: that of one in bfloat16 is, by less
 QUADRATIC = Quadratic()
 
 
@@ -175,7 +175,7 @@ def build_target(
     mean, cov = source_moments
     fingerprint, centre, typical = _survey(rows, span, axis, cache)
     if cost.spherical:
-        _check_unit(rows, span, axis, cache)
+        check_unit(rows, span, axis, cache)
         frame, typical = Frame(np.zeros(d), 1.0, np.zeros(d), 1.0), 1.0
     else:
         scale = _scale(rows, span, nu, centre, axis, cache)
@@ -203,7 +203,7 @@ def build_target(
         )
     atom_of, weight = _join(leader, nu, original, spans, split)
     if cost.spherical:
-        _check_half(weight, original + span.start, axis)
+        check_half(weight, original + span.start, axis)
     atoms: Atoms = every
     if len(original) < len(leader):
         atoms = every.among(original) if isinstance(every, Framed) else Whole(every[torch.from_numpy(original)])
@@ -281,40 +281,6 @@ def _scale(rows: Rows, span: slice, nu: Array, centre: Array, axis: Axis, cache:
     if not np.isfinite(scale):
         raise InputError("the latents are too large for float64 arithmetic; divide them by a common factor")
     return scale or 1.0
-
-
-def _check_unit(rows: Rows, span: slice, axis: Axis, cache: Cache) -> None:
-    """Raises InputError for rows whose length is not 1, to ``UNIT``."""
-    key = "unit", span.start, span.stop
-    if key not in cache:
-        wrong, first, its, read = 0, -1, 0.0, Reader(rows)
-        for block in blocks(span.stop - span.start, rows.shape[1]):
-            begin = span.start + block.start
-            y = np.asarray(read(begin, span.start + block.stop), dtype=np.float64)
-            length = np.sqrt((y**2).sum(axis=1))
-            bad = ~(np.abs(length - 1) <= UNIT)
-            if bad.any() and not wrong:
-                first, its = begin + int(bad.argmax()), float(length[bad.argmax()])
-            wrong += int(bad.sum())
-        cache[key] = wrong, first, its
-    reports = axis.objects(cache[key])
-    if total := sum(count for count, *_ in reports):
-        _, row, length = next(report for report in reports if report[0])
-        raise InputError(
-            f"{total:,} of {rows.shape[0]:,} latents are not unit vectors, as the cost 'log' needs them; the first is "
-            f"row {row:,}, of length {length:.6g}; normalise them, latents / |latents|"
-        )
-
-
-def _check_half(mass: Array, row: NDArray[np.int64], axis: Axis) -> None:
-    """Raises InputError for an atom of more than half of all mass. mass, row: of own ones."""
-    heavy = mass > 0.5 + 1e-9
-    reports = axis.objects([(int(i), float(m)) for i, m in zip(row[heavy], mass[heavy], strict=True)])
-    for i, m in (report for its in reports for report in its):
-        raise InputError(
-            f"latent {i:,} has the mass {m:.6g}, and -log<x, y> is finite on half of the sphere only: every plan costs "
-            "infinitely much; give it less, or take the cost 'quadratic'"
-        )
 
 
 KINDS = ("float32", "stored", "disk")
